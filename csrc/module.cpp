@@ -1,0 +1,54 @@
+// Registers the kernels with Python; a pointer argument arrives as the integer of data_ptr().
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+struct Argument {
+  using type = T;
+  static T pass(T x) { return x; }
+};
+template <class T>
+struct Argument<T*> {
+  using type = uintptr_t;
+  static T* pass(uintptr_t x) { return reinterpret_cast<T*>(x); }
+};
+
+template <class Result, class... A>
+void def(py::module_& m, const char* name, Result (*kernel)(A...)) {
+  m.def(name, [kernel](typename Argument<A>::type... a) {
+    py::gil_scoped_release without_gil;
+    return kernel(Argument<A>::pass(a)...);
+  });
+}
+
+// The instruction sets, narrowest first, that this processor and its operating system run.
+py::list supported_isas() {
+  py::list isas;
+  isas.append("baseline");
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx2) isas.append("avx2");
+  if (avx512) isas.append("avx512");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.append("avx512_bf16");
+#endif
+  return isas;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FASTCL_ISA, m) {
+  using namespace fastcl;
+  m.def("supported_isas", supported_isas);
+  def(m, "cosine_forward", cosine_forward);
+  def(m, "cosine_backward", cosine_backward);
+}

@@ -1,0 +1,136 @@
+"""Launch configurations: which blocks, warps and stages a kernel runs with, and where.
+
+A row is keyed by (kernel, compute capability, bucket of D, bytes of an element) and holds what
+the launch passes on: block sizes, num_warps, num_stages. Every row is compiled in
+tests/triton/aot and must show no spills, shared memory within the card's limit, and tensor-core
+instructions in the main loop. `measured` says whether a GPU has run it for speed: a row that has
+only been compiled was chosen by its registers, its shared memory and its blocks per processor.
+
+A capability without rows takes those of the newest older one that has no more shared memory than
+it has itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+Row = dict[str, Any]
+Target = int | str  # 90 for sm_90, "gfx942" for AMD
+
+TABLE: dict[tuple[str, Target, int, int], Row] = {}
+
+# Bytes of shared memory that one block may ask for.
+SHARED_MEMORY: dict[Target, int] = {
+    75: 65536,
+    80: 166912,
+    86: 101376,
+    87: 166912,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+    120: 101376,
+    121: 101376,
+    "gfx90a": 65536,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
+
+INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1 when triton was imported
+INTERPRETED_AS: Target = 90  # whose rows the interpreter takes
+
+_overrides: dict[str, Row] = {}
+
+
+@contextlib.contextmanager
+def override(**rows: Row) -> Iterator[None]:
+    """Replaces entries of the rows of the kernels named, for tests and tuning.
+
+    `with override(similarity_rows=dict(BLOCK_M=16, BLOCK_N=32)): ...`
+    """
+    saved = dict(_overrides)
+    _overrides.update(rows)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(saved)
+
+
+@lru_cache(maxsize=64)
+def _device_facts(device: torch.device) -> tuple[Target, int]:
+    properties = torch.cuda.get_device_properties(device)
+    count = int(properties.multi_processor_count)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0], count
+    return properties.major * 10 + properties.minor, count
+
+
+def target(tensor: torch.Tensor) -> Target:
+    """The compute capability (90 for sm_90) or AMD architecture that the tensor lies on."""
+    return INTERPRETED_AS if INTERPRETED else _device_facts(tensor.device)[0]
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """How many multiprocessors the tensor's device has; the interpreter says 4."""
+    return 4 if INTERPRETED else _device_facts(tensor.device)[1]
+
+
+def input_precision(tensor: torch.Tensor) -> str:
+    """What tl.dot may do to float32: exact products unless torch's own switch allows TF32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def assert_supported(*tensors: torch.Tensor) -> None:
+    """Element types that the kernels compute correctly, here."""
+    for tensor in tensors:
+        assert tensor.dtype in (torch.float32, torch.float16, torch.bfloat16), tensor.dtype
+        # Triton 3.8's interpreter multiplies the bit patterns of bfloat16 and reports nothing.
+        assert not (INTERPRETED and tensor.dtype == torch.bfloat16), (
+            "Triton's interpreter does not compute bfloat16 correctly; use float32 or float16"
+        )
+
+
+def pick(kernel: str, tensor: torch.Tensor, d: int = 0) -> Row:
+    """The launch options of a kernel for tensor's device and element size, and for D features."""
+    row = find(kernel, target(tensor), d, tensor.element_size())
+    return {name: value for name, value in row.items() if name != "measured"}
+
+
+def find(kernel: str, where: Target, d: int, element_size: int) -> Row:
+    """The table's row: smallest bucket that holds d (else the largest), nearest capability."""
+    candidates = {
+        (arch, bucket): row
+        for (name, arch, bucket, size), row in TABLE.items()
+        if name == kernel and size == element_size
+    }
+    assert candidates, f"no launch configuration for {kernel} with {element_size}-byte elements"
+    arch = _nearest({arch for arch, _ in candidates}, where)
+    buckets = sorted(bucket for a, bucket in candidates if a == arch)
+    bucket = next((b for b in buckets if b >= d), buckets[-1])
+    return {**candidates[arch, bucket], **_overrides.get(kernel, {})}
+
+
+def _nearest(archs: set[Target], where: Target) -> Target:
+    if where in archs:
+        return where
+    limit = SHARED_MEMORY.get(where, 65536 if isinstance(where, str) else 101376)
+    fitting = {a for a in archs if SHARED_MEMORY[a] <= limit}
+    same_vendor = {a for a in fitting if isinstance(a, type(where))} or fitting
+    older = [a for a in same_vendor if not (isinstance(a, int) and a > int(where))]
+    # Nothing older fits: the row that asks for least.
+    return (
+        max(older, key=str) if older else min(same_vendor or archs, key=lambda a: SHARED_MEMORY[a])
+    )
+
+
+def block_of(d: int, largest: int) -> int:
+    """The power of two that covers d, between 16 (what tl.dot needs) and largest."""
+    return max(16, min(triton.next_power_of_2(d), largest))

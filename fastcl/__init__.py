@@ -1,11 +1,13 @@
 """fastcl: fused kernels for contrastive and self-supervised learning, on CPUs and GPUs.
 
-    import fastcl.functional as F      losses as functions
-    import fastcl.losses               the same as nn.Modules
-    python -m fastcl.train             14 self-supervised methods
-    python -m fastcl.env               what would run here, and why
+import fastcl.functional as F      losses as functions
+import fastcl.losses               the same as nn.Modules
+python -m fastcl.train             14 self-supervised methods
+python -m fastcl.env               what would run here, and why
 """
 
+from fastcl import functional, losses
 from fastcl._version import __version__
+from fastcl.ops import Backend, backend_of
 
-__all__ = ["__version__"]
+__all__ = ["Backend", "__version__", "backend_of", "functional", "losses"]

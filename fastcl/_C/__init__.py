@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one that the kernels use
@@ -28,7 +27,7 @@ def build_record() -> dict[str, Any]:
     return record
 
 
-def select() -> tuple[ModuleType | None, str | None, str]:
+def select() -> tuple[Any, str | None, str]:
     record = build_record()
     if not record["isas"]:
         return None, None, f"The C++ kernels were not built: {record['error']}."

@@ -1,0 +1,191 @@
+"""The losses as modules: hyper-parameters in the constructor, tensors in forward, no state.
+
+Each is the function of fastcl.functional that its docstring names; see there for formula, shapes,
+errors and source. A temperature that is an nn.Parameter is registered, and so trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastcl.functional as F
+
+__all__ = [
+    "ClipLoss",
+    "DCLLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "NegativeCosineLoss",
+    "SupConLoss",
+    "SwAVLoss",
+]
+
+
+class Loss(nn.Module):
+    """Keeps the keyword arguments of a function of fastcl.functional as attributes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+
+
+class InfoNCELoss(Loss):
+    """`functional.info_nce`: find the positive among in-batch, shared or own negatives."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.07,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+
+    def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
+        return F.info_nce(query, positive, negatives, **self.options())
+
+
+class NTXentLoss(Loss):
+    """`functional.nt_xent`: SimCLR's loss, the mean over the 2N views."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.5,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        return F.nt_xent(z0, z1, **self.options())
+
+
+class DCLLoss(Loss):
+    """`functional.dcl`: NT-Xent without the positive in the denominator."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        return F.dcl(z0, z1, **self.options())
+
+
+class ClipLoss(Loss):
+    """`functional.clip`: both directions between images and texts, from one pass."""
+
+    def __init__(
+        self,
+        *,
+        logit_scale: float | Tensor,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(logit_scale=logit_scale, normalize=normalize, reduction=reduction)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return F.clip(image, text, **self.options())
+
+
+class SupConLoss(Loss):
+    """`functional.sup_con`: rows of one label attract each other."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.07,
+        base_temperature: float | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            base_temperature=base_temperature,
+            normalize=normalize,
+            reduction=reduction,
+        )
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return F.sup_con(features, labels, **self.options())
+
+
+class NegativeCosineLoss(Loss):
+    """`functional.negative_cosine`: BYOL's and SimSiam's similarity; the target is not detached."""
+
+    def __init__(self, *, eps: float = 1e-8, reduction: str = "mean") -> None:
+        super().__init__(eps=eps, reduction=reduction)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.negative_cosine(prediction, target, **self.options())
+
+
+class SwAVLoss(Loss):
+    """Swapped prediction: the code of a large crop is predicted from every other crop.
+
+        q_i = sinkhorn(cat(queue_i, s_i) / ε), the batch's rows
+        loss = 1/A Σ_i 1/(V − 1) Σ_{v≠i} soft_cross_entropy(s_v, q_i, temperature)
+
+    Source: Caron et al. 2020, arXiv:2006.09882, equation 2 and section 3.2.
+    """
+
+    temperature: float | Tensor
+    epsilon: float
+    iterations: int
+
+    def __init__(
+        self, *, temperature: float | Tensor = 0.1, epsilon: float = 0.05, iterations: int = 3
+    ) -> None:
+        super().__init__(temperature=temperature, epsilon=epsilon, iterations=iterations)
+
+    def forward(
+        self,
+        high_resolution: Sequence[Tensor],
+        low_resolution: Sequence[Tensor] = (),
+        queue: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The loss () of prototype scores (N, K), one tensor a crop.
+
+        `high_resolution` are the A crops that give codes; `queue` their stored scores (L, K), which
+        take part in the codes and in nothing else. Raises ValueError for fewer than two crops, or a
+        queue that is not one tensor a large crop.
+        """
+        scores = [*high_resolution, *low_resolution]
+        if not high_resolution or len(scores) < 2:
+            raise ValueError(
+                "SwAVLoss: needs a large crop and at least two crops in all; "
+                f"got {len(high_resolution)} and {len(scores)}."
+            )
+        if queue is not None and len(queue) != len(high_resolution):
+            raise ValueError(
+                "SwAVLoss: queue must hold one tensor for each large crop; "
+                f"got {len(queue)} for {len(high_resolution)}."
+            )
+        losses = []
+        for i, score in enumerate(high_resolution):
+            stored = score.detach() if queue is None else torch.cat((queue[i], score)).detach()
+            codes = F.sinkhorn(stored, epsilon=self.epsilon, iterations=self.iterations)
+            code = codes[-score.shape[0] :]  # (N, K)
+            losses += [
+                F.soft_cross_entropy(other, code, temperature=self.temperature)
+                for v, other in enumerate(scores)
+                if v != i
+            ]
+        return torch.stack(losses).mean()

@@ -1,0 +1,42 @@
+"""The registered operations, one file each.
+
+OPS maps an operation's word (the name of its file in every layer) to what is registered under
+torch.ops.fastcl; tests and benches go through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastcl.ops._backend import Backend, backend_of
+from fastcl.ops.cosine import cosine
+from fastcl.ops.ema import ema_
+from fastcl.ops.queue import queue_push_
+from fastcl.ops.self_similarity_lse import self_similarity_lse
+from fastcl.ops.similarity_lse import similarity_lse, similarity_lse_mean
+from fastcl.ops.sinkhorn import sinkhorn
+from fastcl.ops.soft_cross_entropy import soft_cross_entropy
+
+OPS: dict[str, tuple[Any, ...]] = {
+    "similarity_lse": (similarity_lse, similarity_lse_mean),
+    "self_similarity_lse": (self_similarity_lse,),
+    "soft_cross_entropy": (soft_cross_entropy,),
+    "sinkhorn": (sinkhorn,),
+    "cosine": (cosine,),
+    "ema": (ema_,),
+    "queue": (queue_push_,),
+}
+
+__all__ = [
+    "OPS",
+    "Backend",
+    "backend_of",
+    "cosine",
+    "ema_",
+    "queue_push_",
+    "self_similarity_lse",
+    "similarity_lse",
+    "similarity_lse_mean",
+    "sinkhorn",
+    "soft_cross_entropy",
+]

@@ -1,0 +1,79 @@
+"""The registered operation fastcl::self_similarity_lse.
+
+Formula in fastcl/reference/self_similarity_lse.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastcl.ops._backend import implementation
+from fastcl.ops._library import (
+    contiguous,
+    define,
+    differentiate,
+    refuse_second_derivative,
+    statistics_dtype,
+)
+from fastcl.reference import self_similarity_lse as Cpp
+
+WORD = "self_similarity_lse"
+
+
+def run_forward(z: Tensor, scale: Tensor, ids: Tensor | None, normalize: bool) -> Tensor:
+    lse: Tensor = implementation(WORD, z, Cpp).forward(
+        *contiguous(z, scale, ids), normalize=normalize
+    )
+    return lse
+
+
+def fake_forward(z: Tensor, scale: Tensor, ids: Tensor | None, normalize: bool) -> Tensor:
+    return z.new_empty(z.shape[0], dtype=statistics_dtype(z))
+
+
+def run_backward(
+    grad: Tensor, z: Tensor, scale: Tensor, ids: Tensor | None, lse: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    grad_z, grad_scale = implementation(WORD, z, Cpp).backward(
+        *contiguous(grad, z, scale, ids, lse), normalize=normalize
+    )
+    return grad_z, grad_scale
+
+
+def fake_backward(
+    grad: Tensor, z: Tensor, scale: Tensor, ids: Tensor | None, lse: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), scale.new_empty(())
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, scale, ids, ctx.normalize = inputs
+    ctx.save_for_backward(z, scale, ids, output)
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    z, scale, ids, lse = ctx.saved_tensors
+    grad_z, grad_scale = self_similarity_lse_backward(grad, z, scale, ids, lse, ctx.normalize)
+    return (
+        grad_z if ctx.needs_input_grad[0] else None,
+        grad_scale if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+    )
+
+
+self_similarity_lse = define(
+    "self_similarity_lse(Tensor z, Tensor scale, Tensor? ids, bool normalize) -> Tensor",
+    run_forward,
+    fake_forward,
+)
+self_similarity_lse_backward = define(
+    "self_similarity_lse_backward(Tensor grad, Tensor z, Tensor scale, Tensor? ids, Tensor lse, "
+    "bool normalize) -> (Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+)
+differentiate(WORD, backward, setup_context)
+refuse_second_derivative("self_similarity_lse_backward")

@@ -1,0 +1,136 @@
+"""Images in folders, one folder a class:
+
+    data_dir/train/<class>/*.jpg      and      data_dir/test/<class>/*.jpg  or  data_dir/val/<class>/*.jpg
+
+the layout of torchvision's ImageFolder and of ImageNet. Small images (CIFAR unpacked) are decoded once and kept in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fastcl.data.splits import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DataSplits,
+    FolderSplit,
+    TensorSplit,
+    fit_square,
+)
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+IN_MEMORY = 100_000  # images of at most SMALL pixels: 100,000 · 3 · 64² bytes = 1.2 GB at the most
+SMALL = 64
+LARGE = 224  # the size that larger images are used at
+
+
+def load_folder(data_dir: Path | None, download: bool = False) -> DataSplits:
+    """`--data folder`. Images of at most 64 pixels keep their size; larger ones are used at 224."""
+    train, test, classes = _scan("folder", data_dir, ("test", "val"))
+    size = _largest_side(train)
+    if size > SMALL or max(len(train), len(test)) > IN_MEMORY:
+        return DataSplits("folder", train, test, classes, LARGE, IMAGENET_MEAN, IMAGENET_STD)
+    small = in_memory(train, size), in_memory(test, size)
+    return DataSplits("folder", *small, classes, size, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def load_imagenet(data_dir: Path | None, download: bool = False) -> DataSplits:
+    """`--data imagenet`: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, used at 224 pixels."""
+    train, test, classes = _scan("imagenet", data_dir, ("val", "test"))
+    return DataSplits("imagenet", train, test, classes, LARGE, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _scan(
+    name: str, data_dir: Path | None, test_names: tuple[str, str]
+) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
+    """The two splits under data_dir and their classes, or a ValueError of one line that says what is wrong."""
+    layout = f"train/<class>/… and {'|'.join(test_names)}/<class>/…"
+    if data_dir is None:
+        raise ValueError(f"data {name!r} needs data_dir, a folder with {layout}")
+    if not data_dir.is_dir():
+        raise ValueError(f"data_dir {data_dir} is no folder; data {name!r} expects {layout} in it")
+    found = [folder for folder in test_names if (data_dir / folder).is_dir()]
+    if not (data_dir / "train").is_dir() or not found:
+        have = _some(sorted(path.name for path in data_dir.iterdir())) or "nothing"
+        raise ValueError(f"data {name!r} expects {layout} in {data_dir}; there is {have}")
+    train_root, test_root = data_dir / "train", data_dir / found[0]
+    classes, test_classes = _classes(train_root), _classes(test_root)
+    if classes != test_classes:
+        differing = _some(sorted(set(classes) ^ set(test_classes)))
+        raise ValueError(
+            f"{train_root} and {test_root} must have the same classes; in one: {differing}"
+        )
+    return _files(train_root, classes), _files(test_root, classes), classes
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def _classes(root: Path) -> tuple[str, ...]:
+    classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
+    if not classes:
+        raise ValueError(f"{root} has no class folders; expected {root}/<class>/<image files>")
+    return classes
+
+
+def _files(root: Path, classes: tuple[str, ...]) -> FolderSplit:
+    """Every image file below root/<class>, sorted; the label is the place of the class in `classes`."""
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = sorted(
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(root / name)
+            for file in files
+            if os.path.splitext(file)[1].lower() in EXTENSIONS
+        )
+        if not images:
+            kinds = ", ".join(sorted(EXTENSIONS))
+            raise ValueError(f"{root / name} has no images ({kinds})")
+        paths += images
+        labels += [label] * len(images)
+    return FolderSplit(tuple(paths), torch.tensor(labels), LARGE)
+
+
+def _largest_side(split: FolderSplit, sample: int = 64) -> int:
+    """The largest side among some evenly spaced images, from the files' headers."""
+    from PIL import Image
+
+    largest = 0
+    for path in split.paths[:: max(1, len(split) // sample)]:
+        try:
+            with Image.open(path) as image:
+                largest = max(largest, *image.size)
+        except OSError:  # unreadable: reported when it is decoded
+            continue
+    return largest or LARGE
+
+
+def in_memory(split: FolderSplit, size: int) -> TensorSplit:
+    """All images of a split, decoded, size × size: uint8 (N, 3, size, size). Unreadable files are left out."""
+    images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
+
+    def decode_into(index: int) -> bool:
+        image = split.read(index)
+        if image is None:
+            return False
+        images[index] = fit_square(image, size)
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        readable = torch.tensor(list(pool.map(decode_into, range(len(split)))))
+    split.report((~readable).nonzero()[:, 0].tolist())
+    if not readable.any():
+        raise ValueError(
+            f"none of the {len(split)} image files can be read, {split.paths[0]} first"
+        )
+    return (
+        TensorSplit(images, split.labels)
+        if readable.all()
+        else TensorSplit(images[readable], split.labels[readable])
+    )

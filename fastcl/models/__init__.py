@@ -1,0 +1,85 @@
+"""Encoders: images (N, C, H, W) -> features (N, feature_dim).
+
+build("tiny-resnet", image_size=32)     the small defaults: tiny-resnet, tiny-vit
+build("resnet50", image_size=224)       torchvision's ResNets, with their own parameter names
+build("timm/vit_small_patch16_224", image_size=224)     anything that timm has
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastcl.models.tiny import TinyResNet, TinyViT
+
+__all__ = ["NAMES", "build"]
+
+TINY = ("tiny-resnet", "tiny-vit")
+TORCHVISION = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+)
+NAMES = (*TINY, *TORCHVISION)  # and timm/<name> for every name of timm.list_models()
+SMALL_IMAGE = 64  # pixels: at most this much, and the stem keeps the resolution
+
+
+def build(
+    name: str, *, image_size: int, in_channels: int = 3, zero_init_residual: bool = False
+) -> nn.Module:
+    """A randomly initialised encoder with attribute `feature_dim`.
+
+    zero_init_residual   the last batch norm of each residual block starts at γ = 0, so the block
+                         starts as the identity (Goyal et al. 2017, arXiv:1706.02677). ResNets only.
+    For images of at most 64 pixels a torchvision ResNet gets the small-image stem: 3×3, stride 1, no
+    max-pool (SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix B.9).
+    Raises ValueError for an unknown name, with the list, and where an option does not apply.
+    """
+    if name == "tiny-resnet":
+        return TinyResNet(in_channels, zero_init_residual=zero_init_residual)
+    if name in TORCHVISION:
+        return _torchvision(name, image_size, in_channels, zero_init_residual)
+    if name != "tiny-vit" and not name.startswith("timm/"):
+        raise ValueError(f"unknown backbone {name!r}. Backbones: {', '.join(NAMES)}, timm/<name>")
+    if zero_init_residual:
+        raise ValueError(f"zero_init_residual is for ResNets; backbone {name!r} takes none")
+    if name == "tiny-vit":
+        return TinyViT(in_channels)
+    return _timm(name.removeprefix("timm/"), image_size, in_channels)
+
+
+def _torchvision(
+    name: str, image_size: int, in_channels: int, zero_init_residual: bool
+) -> nn.Module:
+    import torchvision
+
+    model: Any = torchvision.models.get_model(name, zero_init_residual=zero_init_residual)
+    width = model.conv1.out_channels
+    if image_size <= SMALL_IMAGE:
+        model.conv1 = nn.Conv2d(in_channels, width, 3, stride=1, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    elif in_channels != 3:
+        model.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.feature_dim = model.fc.in_features
+    model.fc = nn.Identity()
+    module: nn.Module = model
+    return module
+
+
+def _timm(name: str, image_size: int, in_channels: int) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_')[0]}*")[:10]
+        some = f" There are: {', '.join(close)}, …" if close else ""
+        raise ValueError(f"unknown backbone 'timm/{name}'.{some} All: timm.list_models()")
+    options: dict[str, Any] = {}
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:  # transformers have a table of positions
+        options["img_size"] = image_size
+    model: Any = timm.create_model(name, num_classes=0, in_chans=in_channels, **options)
+    model.feature_dim = getattr(model, "head_hidden_size", None) or model.num_features
+    module: nn.Module = model
+    return module

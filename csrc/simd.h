@@ -40,7 +40,7 @@ struct BFloat16 {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-inline F broadcast(float x) { return F{} + x; }
+inline F broadcast(float x) { return x - F{}; }  // x + 0 would lose the sign of −0
 
 // ---- bits ------------------------------------------------------------------------------------
 
@@ -207,33 +207,48 @@ inline float max(F v) {
   return lane[0];
 }
 
-// 2^x: x = n + f with |f| ≤ 1/2, a polynomial for 2^f, and n added to the exponent. Error below
-// 1 unit in the last place and a half; below 2^-126 it may flush to zero; NaN stays NaN.
-inline F exp2(F x) {
-  x = max(broadcast(-200.0f), min(broadcast(200.0f), x));
-#if defined(__AVX512F__)
-  const F n = F(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  const float magic = 0x1.8p23f;  // adding it rounds to an integer, which stays in the low bits
-  const F shifted = x + magic;
-  const F n = shifted - magic;
-#endif
-  const F f = x - n;
+// 2^f for |f| ≤ 1/2, to about one unit in the last place.
+inline F exp2_fraction(F f) {
   F y = broadcast(1.5353362e-4f);
   y = fma(y, f, broadcast(1.3398874e-3f));
   y = fma(y, f, broadcast(9.6184373e-3f));
   y = fma(y, f, broadcast(5.5503324e-2f));
   y = fma(y, f, broadcast(2.4022648e-1f));
   y = fma(y, f, broadcast(6.9314718e-1f));
-  y = fma(y, f, broadcast(1.0f));
+  return fma(y, f, broadcast(1.0f));
+}
+
+constexpr float ROUND = 0x1.8p23f;  // adding it rounds to an integer, which stays in the low bits
+
+// 2^x: x = n + f with |f| ≤ 1/2, a polynomial for 2^f, and n added to the exponent. Error below
+// 1 unit in the last place and a half; below 2^-126 it may flush to zero; NaN stays NaN.
+inline F exp2(F x) {
+  x = max(broadcast(-200.0f), min(broadcast(200.0f), x));
 #if defined(__AVX512F__)
-  return F(_mm512_scalef_ps(__m512(y), __m512(n)));
+  const F n = F(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return F(_mm512_scalef_ps(__m512(exp2_fraction(x - n)), __m512(n)));
 #else
+  const F shifted = x + ROUND;
+  const F y = exp2_fraction(x - (shifted - ROUND));
   // Two steps, so that n = 128 (times y < 1) and the results below 2^-126 come out right.
-  const I k = bit_cast<I>(shifted) - bit_cast<int32_t>(magic);
+  const I k = bit_cast<I>(shifted) - bit_cast<int32_t>(ROUND);
   const I half = k >> 1;
   const F a = bit_cast<F>((half + 127) << 23), b = bit_cast<F>((k - half + 127) << 23);
   return y * a * b;
+#endif
+}
+
+// 2^x where x is known to lie in [-126, 127], or to be so low that the answer is 0 (−FLT_MAX, not
+// −infinity): three operations fewer than exp2.
+inline F exp2_bounded(F x) {
+#if defined(__AVX512F__)
+  const F n = F(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return F(_mm512_scalef_ps(__m512(exp2_fraction(x - n)), __m512(n)));
+#else
+  x = max(broadcast(-127.0f), x);  // an exponent field of 0 is the number 0
+  const F shifted = x + ROUND;
+  const I k = bit_cast<I>(shifted) - bit_cast<int32_t>(ROUND);
+  return exp2_fraction(x - (shifted - ROUND)) * bit_cast<F>((k + 127) << 23);
 #endif
 }
 

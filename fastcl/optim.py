@@ -222,3 +222,58 @@ def step_decay(
 ) -> float:
     """start · factor^(milestones reached). InstDisc, CMC and MoCo v1; epoch counts from 0."""
     return start * factor ** sum(epoch >= milestone for milestone in milestones)
+
+
+def sgd(parameters: Iterable[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.SGD:
+    """Momentum SGD, weight decay on every parameter: InstDisc, CMC, MoCo v1 and v2, SimSiam."""
+    return torch.optim.SGD([parameter for _, parameter in parameters], lr, **options)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "lars-simclr": LARS.simclr,
+    "lars-byol": LARS.byol,
+    "lars-moco-v3": LARS.moco_v3,
+    "lars-dino": LARS.dino,
+    "larc": LARS.larc,
+}
+
+SCHEDULES = ("step", "cosine", "warmup-cosine", "linspace-cosine")
+
+
+def learning_rate(
+    schedule: str,
+    step: int,
+    *,
+    images: int,
+    batch_size: int,
+    epochs: int,
+    lr: float,
+    warmup_epochs: float = 0.0,
+    start_lr: float = 0.0,
+    final_lr: float = 0.0,
+    milestones: Sequence[int] = (),
+) -> float:
+    """The learning rate of a training step, counted from 0; an epoch drops its last partial batch.
+
+    "step" and "cosine" change from epoch to epoch (MoCo v1 and v2), "warmup-cosine" (SimCLR) and
+    "linspace-cosine" (SwAV) at every step. `lr` is the peak.
+    """
+    steps_per_epoch = images // batch_size
+    if schedule == "step":
+        return step_decay(step // steps_per_epoch, start=lr, milestones=milestones)
+    if schedule == "cosine":
+        return cosine(step // steps_per_epoch, total=epochs, start=lr, end=final_lr)
+    if schedule == "warmup-cosine":
+        total, warmup = simclr_steps(images, batch_size, epochs, warmup_epochs)
+        return warmup_cosine(step, total=total, warmup=warmup, peak=lr)
+    if schedule == "linspace-cosine":
+        return linspace_cosine(
+            step,
+            total=epochs * steps_per_epoch,
+            warmup=int(warmup_epochs * steps_per_epoch),
+            peak=lr,
+            start=start_lr,
+            end=final_lr,
+        )
+    raise ValueError(f"unknown schedule {schedule!r}. Schedules: {', '.join(SCHEDULES)}.")

@@ -1,0 +1,16 @@
+"""The methods, by the name that `--method` takes, in the order in which they were published."""
+
+from fastcl.methods.base import Config, Method, Progress
+from fastcl.methods.moco_v1 import MoCoV1
+from fastcl.methods.moco_v2 import MoCoV2
+from fastcl.methods.simclr_v1 import SimCLRV1
+from fastcl.methods.swav import SwAV
+
+METHODS: dict[str, type[Method]] = {
+    "moco-v1": MoCoV1,
+    "simclr-v1": SimCLRV1,
+    "moco-v2": MoCoV2,
+    "swav": SwAV,
+}
+
+__all__ = ["METHODS", "Config", "Method", "Progress"]

@@ -1,0 +1,81 @@
+"""MoCo v1: a query must find its key among a queue of keys from a slowly moving encoder.
+
+    q = f_θ(x₁),  k = f_ξ(x₂)                  unit vectors
+    ξ ← m ξ + (1 − m) θ                        parameters only, before the keys are computed
+    L = −log exp(q·k/τ) / (exp(q·k/τ) + Σ_j exp(q·queue_j/τ))
+    queue ← k                                  afterwards: keys of this batch are no negatives
+
+On one device, batch norm works on interleaved groups of the batch and keys are shuffled first: the
+stand-in for shuffling over devices of facebookresearch/moco's CIFAR demo.
+
+Source: He et al. 2020, arXiv:1911.05722.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import fastcl.functional as F
+from fastcl.methods.base import Config as BaseConfig
+from fastcl.methods.base import Method, Progress, option
+from fastcl.nn import FeatureQueue, moco_head, momentum_copy, split_batch_norm
+
+
+@dataclass(frozen=True)
+class Config(BaseConfig):
+    augmentation: str = "moco-v1"
+    schedule: str = "step"
+    milestones: tuple[int, ...] = (120, 160)
+    dim: int = option(128, "size of the embedding", at_least=1)
+    queue_size: int = option(65536, "keys in the queue", at_least=1)
+    momentum: float = option(0.999, "of the key encoder")
+    temperature: float = option(0.07, "of the softmax over the keys", above=0)
+    bn_splits: int = option(
+        8, "groups of the batch with batch-norm statistics of their own", at_least=1
+    )
+
+
+class MoCoV1(Method):
+    recipes = {"paper": Config(), "quick": Config()}
+    config: Config
+
+    def __init__(self, encoder: nn.Module, config: Config) -> None:
+        super().__init__(split_batch_norm(encoder, config.bn_splits), config)
+        self.head = self.make_head(self.feature_dim, config.dim)
+        self.key_encoder = momentum_copy(self.query_encoder)
+        self.queue = FeatureQueue(config.queue_size, config.dim)
+
+    def make_head(self, features: int, dim: int) -> nn.Module:
+        return moco_head(features, dim)
+
+    @property
+    def query_encoder(self) -> nn.Module:
+        return nn.Sequential(self.encoder, self.head)
+
+    def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
+        query = normalize(self.query_encoder(views[0]), dim=1)  # (N, D)
+        F.ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.momentum)
+        self.keys = self.encode_keys(views[1])  # (N, D)
+        self.embedding = query.detach()
+        return F.info_nce(
+            query,
+            self.keys,
+            self.queue.features,
+            temperature=self.config.temperature,
+            normalize=False,  # all rows are unit already
+        )
+
+    @torch.no_grad()
+    def encode_keys(self, view: Tensor) -> Tensor:
+        """Unit keys (N, D), shuffled on the way: their batch-norm groups are not the queries'."""
+        order = torch.randperm(len(view), device=view.device)
+        return normalize(self.key_encoder(view[order])[order.argsort()], dim=1)
+
+    def after_backward(self, at: Progress) -> None:
+        self.queue.push(self.keys)
+
+    def momentum_at(self, at: Progress) -> float:
+        return self.config.momentum

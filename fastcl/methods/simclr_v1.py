@@ -1,0 +1,56 @@
+"""SimCLR v1: each of the two views of N images must find its partner among the other 2N − 2.
+
+    z = g(f(x)),  unit                                              2N rows
+    ℓ_r = −log exp(z_r·z_pos(r)/τ) / Σ_{c ≠ r} exp(z_r·z_c/τ)
+    L = (1/N) Σ_r ℓ_r
+
+Differs from the paper as its code does: L is twice the paper's mean over 2N rows, which doubles the
+step of the tensors that LARS does not adapt, and the head has batch norm.
+
+Source: Chen et al. 2020, arXiv:2002.05709; google-research/simclr, first commit.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import fastcl.functional as F
+from fastcl.methods.base import Config as BaseConfig
+from fastcl.methods.base import Method, Progress, option
+from fastcl.nn import simclr_head
+
+
+@dataclass(frozen=True)
+class Config(BaseConfig):
+    augmentation: str = "simclr-v1"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    epochs: int = 1000
+    batch_size: int = 4096
+    optimizer: str = "lars-simclr"
+    lr: float = 4.8  # 0.3 · batch / 256
+    weight_decay: float = 1e-6
+    schedule: str = "warmup-cosine"
+    warmup_epochs: float = 10.0
+    dim: int = option(128, "size of the embedding", at_least=1)
+    temperature: float = option(0.1, "of the softmax over the 2N − 1 other views", above=0)
+
+
+class SimCLRV1(Method):
+    recipes = {"paper": Config(), "quick": Config()}
+    config: Config
+
+    def __init__(self, encoder: nn.Module, config: Config) -> None:
+        super().__init__(encoder, config)
+        self.head = simclr_head(self.feature_dim, config.dim)
+
+    def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
+        z = self.head(self.encode(views))  # (2N, D); batch norm sees both views
+        z0, z1 = z.chunk(2)
+        self.embedding = normalize(z0.detach(), dim=1)
+        return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature)
+
+    def collapsed_loss(self) -> float:
+        return 2 * math.log(2 * self.config.batch_size - 1)

@@ -1,0 +1,189 @@
+"""The stateful parts that the methods are made of: queues, prototypes, heads, momentum copies.
+
+Losses are in fastcl.functional and keep no state; what a method remembers between steps is here.
+"""
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, linear, normalize
+
+import fastcl.functional as F
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FeatureQueue(nn.Module):
+    """The most recent `size` embeddings, as a ring buffer of rows.
+
+    Starts as random unit vectors, so that a loss over it is defined from the first step. The
+    published queues need `size` to be a multiple of the batch; this one wraps around anywhere.
+
+    Buffers: features (size, dim) float32, pointer int64 (1,), the row that is written next.
+    Source: He et al. 2020, arXiv:1911.05722 (which stores it as (dim, size)).
+    """
+
+    features: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"FeatureQueue: size and dim must be at least 1; got {size}, {dim}.")
+        rows = normalize(torch.randn(size, dim), dim=1)
+        self.register_buffer("features", rows)
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows with keys (N, dim)."""
+        F.queue_push_(self.features, self.pointer, keys)
+
+    def extra_repr(self) -> str:
+        size, dim = self.features.shape
+        return f"{size}, {dim}"
+
+
+class Prototypes(nn.Module):
+    """K cluster centres: scores = z Cᵀ, the rows of C of unit length after `normalize_()`.
+
+    Parameter: weight (count, dim).
+    Source: Caron et al. 2020 (SwAV), arXiv:2006.09882.
+    """
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (N, dim) -> scores (N, count)."""
+        return linear(z, self.weight)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Put the rows back on the unit sphere, where an optimizer's step has left it."""
+        self.weight.copy_(normalize(self.weight, dim=1))
+
+    def extra_repr(self) -> str:
+        count, dim = self.weight.shape
+        return f"{dim}, {count}"
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics are of `splits` interleaved groups of the batch.
+
+    One device's stand-in for what MoCo needs of many: with statistics over the whole batch, the
+    query and its key leak to each other which sample they are. Group g holds the samples n with
+    n mod splits = g. In evaluation it is plain batch norm; its state has the same names.
+
+    Source: the CIFAR demo of facebookresearch/moco (branch colab-notebook).
+    """
+
+    def __init__(self, num_features: int, splits: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W), N a multiple of splits."""
+        s = self.splits
+        if not self.training:
+            return super().forward(x)
+        if x.shape[0] % s:
+            raise ValueError(
+                f"SplitBatchNorm: the batch must be a multiple of splits ({s}); got {x.shape[0]}."
+            )
+        assert self.running_mean is not None and self.running_var is not None
+        mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
+        y = batch_norm(
+            x.reshape(x.shape[0] // s, s * x.shape[1], *x.shape[2:]),  # a row is one of each group
+            mean,
+            var,
+            self.weight.repeat(s),
+            self.bias.repeat(s),
+            training=True,
+            momentum=self.momentum or 0.0,
+            eps=self.eps,
+        )
+        with torch.no_grad():
+            self.running_mean.copy_(mean.view(s, -1).mean(0))
+            self.running_var.copy_(var.view(s, -1).mean(0))
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        return y.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, splits={self.splits}"
+
+
+def split_batch_norm(module: M, splits: int) -> M:
+    """Replace every BatchNorm2d in module by a SplitBatchNorm with the same weights.
+
+    Returns module, changed in place; splits = 1 changes nothing.
+    """
+    if splits == 1:
+        return module
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            split = SplitBatchNorm(child.num_features, splits, child.eps, child.momentum or 0.0)
+            split.load_state_dict(child.state_dict())
+            setattr(module, name, split)
+        else:
+            split_batch_norm(child, splits)
+    return module
+
+
+def momentum_copy(module: M) -> M:
+    """A copy of module that only `fastcl.functional.ema_update_` changes: no gradients.
+
+    Batch-norm buffers are copied once and then follow the copy's own forward passes.
+    """
+    twin = copy.deepcopy(module)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return twin
+
+
+def moco_head(features: int, dim: int) -> nn.Module:
+    """MoCo v1: (N, features) -> (N, dim), one linear layer.
+
+    Source: He et al. 2020, arXiv:1911.05722.
+    """
+    return nn.Linear(features, dim)
+
+
+def moco_v2_head(features: int, dim: int) -> nn.Module:
+    """MoCo v2: (N, features) -> (N, dim), two layers with biases and without batch norm.
+
+    Source: Chen et al. 2020, arXiv:2003.04297.
+    """
+    return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
+
+
+def simclr_head(features: int, dim: int, layers: int = 2) -> nn.Module:
+    """SimCLR: (N, features) -> (N, dim), each layer linear without bias, then batch norm.
+
+    ReLU follows all but the last batch norm, which has no shift. Two layers in v1, three in v2.
+    Source: Chen et al. 2020, arXiv:2002.05709. As its code; the paper's text names no batch norm.
+    """
+    parts: list[nn.Module] = []
+    for layer in range(layers):
+        last = layer == layers - 1
+        dense = nn.Linear(features, dim if last else features, bias=False)
+        nn.init.normal_(dense.weight, std=0.01)
+        norm = nn.BatchNorm1d(dense.out_features)
+        if last:
+            norm.bias.requires_grad_(False)  # stays at 0
+        parts += [dense, norm] if last else [dense, norm, nn.ReLU()]
+    return nn.Sequential(*parts)
+
+
+def swav_head(features: int, hidden: int, dim: int) -> nn.Module:
+    """SwAV: (N, features) -> (N, dim), two layers with biases, batch norm on the hidden one.
+
+    Source: Caron et al. 2020, arXiv:2006.09882.
+    """
+    return nn.Sequential(
+        nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
+    )

@@ -1,0 +1,132 @@
+"""MoCo v1 against the official builder (identity encoder) and against its definition."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fastcl.methods.base import Progress
+from fastcl.methods.moco_v1 import Config, MoCoV1
+
+AT = Progress(step=0, steps_per_epoch=10, epochs=1)
+
+
+def bare(no_encoder, dim, size, temperature, queue):
+    """MoCo without networks: views are embeddings before normalisation."""
+    config = Config(dim=dim, queue_size=size, temperature=temperature, bn_splits=1)
+    method = MoCoV1(no_encoder(dim), config)
+    method.head = torch.nn.Identity()
+    method.key_encoder = torch.nn.Identity()
+    method.queue.features.copy_(torch.tensor(queue))
+    return method
+
+
+def truth_of(data, key):
+    return torch.tensor(data[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "name", ["moco_b8_d128_k64", "moco_b6_d96_k30_t02", "moco_queuewrap_b7_d96_k30"]
+)
+def test_loss_gradient_and_queue_follow_the_official_code(golden, no_encoder, name, dtype):
+    data = golden(name)
+    size, dim = data["queue_before"].shape
+    wrap = "wrap" in name  # that file starts from unit keys and queries
+    q_name, k_name = ("q", "k") if wrap else ("im_q", "im_k")
+    method = bare(no_encoder, dim, size, float(data["param_T"]), data["queue_before"]).to(dtype)
+    steps = sum(key.endswith("_f64_loss") for key in data.files)
+    assert steps >= 3
+    rtol = 1e-7 if dtype == torch.float64 else 2e-6
+    for step in range(1, steps + 1):
+        q = torch.tensor(data[f"s{step}_{q_name}"], dtype=dtype, requires_grad=True)
+        k = torch.tensor(data[f"s{step}_{k_name}"], dtype=dtype)
+        loss = method.loss([q, k], AT)
+        loss.backward()
+        method.after_backward(AT)
+        np.testing.assert_allclose(loss.item(), data[f"s{step}_f64_loss"], rtol=rtol)
+        truth = data[f"s{step}_f64_grad_{q_name}"]
+        if wrap:  # the file's gradient is before the normalisation's backward pass
+            unit = data[f"s{step}_q"].astype(np.float64)
+            truth = truth - unit * (truth * unit).sum(1, keepdims=True)
+        scale = np.abs(truth).max()
+        np.testing.assert_allclose(q.grad.numpy(), truth, rtol=0, atol=10 * rtol * scale)
+        assert method.queue.pointer.item() == data[f"s{step}_ptr_after"]
+    after = "f64_queue_after" if "f64_queue_after" in data.files else "queue_after"
+    np.testing.assert_allclose(method.queue.features.numpy(), data[after], rtol=0, atol=1e-6)
+
+
+def small(tiny_encoder, **changes):
+    changes = {"dim": 4, "queue_size": 16, "bn_splits": 2, "momentum": 0.9} | changes
+    return MoCoV1(tiny_encoder(), Config(**changes))
+
+
+def views(n=8):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(n, 3, 8, 8, generator=generator) for _ in range(2)]
+
+
+def test_key_encoder_moves_before_the_keys_are_computed(tiny_encoder):
+    method = small(tiny_encoder)
+    before = [p.clone() for p in method.key_encoder.parameters()]
+    with torch.no_grad():  # so that query and key encoder differ
+        for p in method.query_encoder.parameters():
+            p.add_(0.1)
+    method.loss(views(), AT)
+    for old, new, query in zip(
+        before, method.key_encoder.parameters(), method.query_encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * query)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        twice = small(tiny_encoder)
+        twice.load_state_dict(method.state_dict())
+        state = torch.get_rng_state()
+        keys = method.encode_keys(views()[1])
+        torch.set_rng_state(state)
+        torch.testing.assert_close(twice.encode_keys(views()[1]), keys)
+
+
+def test_the_queue_is_read_before_and_filled_after_the_batch(tiny_encoder):
+    method = small(tiny_encoder)
+    before = method.queue.features.clone()
+    loss = method.loss(views(), AT)
+    assert torch.equal(method.queue.features, before)
+    loss.backward()
+    method.after_backward(AT)
+    torch.testing.assert_close(method.queue.features[:8], method.keys)
+    assert torch.equal(method.queue.features[8:], before[8:])
+    torch.testing.assert_close(method.queue.features.norm(dim=1), torch.ones(16))
+
+
+def test_no_gradient_reaches_the_key_encoder(tiny_encoder):
+    method = small(tiny_encoder)
+    method.loss(views(), AT).backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.key_encoder.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in method.head.parameters())
+    assert method.encoder[0].weight.grad.abs().sum() > 0
+
+
+def test_shuffling_changes_the_groups_of_batch_norm_but_not_the_order_of_the_keys(tiny_encoder):
+    method = small(tiny_encoder, bn_splits=1)
+    torch.manual_seed(0)
+    # One group: the statistics are of the whole batch, so shuffling must change nothing.
+    view = views()[1]
+    direct = torch.nn.functional.normalize(method.key_encoder(view), dim=1)
+    torch.testing.assert_close(method.encode_keys(view), direct, rtol=1e-5, atol=1e-6)
+    split = small(tiny_encoder, bn_splits=2)
+    torch.manual_seed(0)
+    direct = torch.nn.functional.normalize(split.key_encoder(view), dim=1)
+    assert (split.encode_keys(view) - direct).abs().max() > 1e-3
+
+
+def test_paper_recipe_has_the_published_numbers():
+    paper = MoCoV1.recipes["paper"]
+    expected = {
+        "backbone": "resnet50", "epochs": 200, "batch_size": 256, "optimizer": "sgd", "lr": 0.03,
+        "sgd_momentum": 0.9, "weight_decay": 1e-4, "schedule": "step", "milestones": (120, 160),
+        "dim": 128, "queue_size": 65536, "momentum": 0.999, "temperature": 0.07, "image_size": None,
+        "crop_scale": (0.2, 1.0),
+    }  # fmt: skip
+    assert dataclasses.asdict(paper).items() >= expected.items()

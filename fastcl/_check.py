@@ -82,7 +82,8 @@ def scalar(function: str, name: str, value: float | Tensor, *, positive: bool) -
         raise TypeError(
             f"{function}: {name} must be a float or a 0-dim tensor; got {type(value).__name__}."
         )
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, which torch.compile can trace, and which NaN fails.
+    if not (-math.inf < value < math.inf) or (positive and not value > 0):
         bound = "above 0 and finite" if positive else "finite"
         raise ValueError(f"{function}: {name} must be {bound}; got {value}.")
 

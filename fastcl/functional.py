@@ -73,6 +73,15 @@ def paired_dot(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
     return (in_float(x) * in_float(y)).sum(1)
 
 
+def against(others: Tensor, own: Tensor) -> Tensor:
+    """log(1 + exp(others − own)): the cross entropy of the positive against the others' lse.
+
+    The positive is left out of the others' sum, so that neither a small loss nor its gradient is
+    the difference of two large numbers.
+    """
+    return nn.functional.softplus(others - own, threshold=40)  # torch's 20 shows in float64
+
+
 def needs_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
@@ -197,14 +206,15 @@ def info_nce(
     else:
         query, positive = promoted(query, positive)
     t = inverse("info_nce", temperature, query)
-    own = t * paired_dot(query, positive, normalize)  # (N,)
     if negatives is None:
-        return reduce(row_lse(query, positive, t, normalize) - own, reduction)
-    if negatives.ndim == 2:
+        row = torch.arange(query.shape[0], device=query.device)
+        others = row_lse(query, positive, t, normalize, row, row)  # (N,)
+    elif negatives.ndim == 2:
         others = row_lse(query, negatives, t, normalize)
     else:
         others = _own_negatives_lse(query, negatives, t, normalize)
-    return reduce(torch.logaddexp(own, others) - own, reduction)
+    own = t * paired_dot(query, positive, normalize)  # (N,)
+    return reduce(against(others, own), reduction)
 
 
 def _check_negatives(query: Tensor, negatives: Tensor) -> None:
@@ -254,19 +264,18 @@ def nt_xent(
     """
     check.pairs("nt_xent", z0=z0, z1=z1)
     check.one_of("nt_xent", "reduction", reduction, check.REDUCTIONS)
-    z0, z1 = promoted(z0, z1)
-    t = inverse("nt_xent", temperature, z0)
-    lse = ops.self_similarity_lse(torch.cat((z0, z1)), t, None, normalize)  # (2N,)
-    return _minus_partner(lse, t * paired_dot(z0, z1, normalize), reduction)
+    others, own = _views(*promoted(z0, z1), "nt_xent", temperature, normalize)
+    return reduce(against(others, own), reduction)
 
 
-def _minus_partner(lse: Tensor, partner: Tensor, reduction: str) -> Tensor:
-    """lse (2N,) less the similarity (N,) that both views of an image share."""
-    if reduction == "mean":
-        return lse.mean() - partner.mean()
-    if reduction == "sum":
-        return lse.sum() - 2 * partner.sum()
-    return lse - partner.repeat(2)
+def _views(
+    z0: Tensor, z1: Tensor, function: str, temperature: float | Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """For each of the 2N views: the lse over the other images' views, the similarity to its own."""
+    t = inverse(function, temperature, z0)
+    image = torch.arange(z0.shape[0], device=z0.device).repeat(2)
+    others = ops.self_similarity_lse(torch.cat((z0, z1)), t, image, normalize)  # (2N,)
+    return others, (t * paired_dot(z0, z1, normalize)).repeat(2)
 
 
 def dcl(
@@ -287,14 +296,10 @@ def dcl(
     """
     check.pairs("dcl", z0=z0, z1=z1)
     check.one_of("dcl", "reduction", reduction, check.REDUCTIONS)
-    n = z0.shape[0]
-    if n < 2:
+    if z0.shape[0] < 2:
         raise ValueError("dcl: needs at least 2 images, or no negatives are left; got 1.")
-    z0, z1 = promoted(z0, z1)
-    t = inverse("dcl", temperature, z0)
-    image = torch.arange(n, device=z0.device).repeat(2)
-    lse = ops.self_similarity_lse(torch.cat((z0, z1)), t, image, normalize)
-    return _minus_partner(lse, t * paired_dot(z0, z1, normalize), reduction)
+    others, own = _views(*promoted(z0, z1), "dcl", temperature, normalize)
+    return reduce(others - own, reduction)
 
 
 def clip(
@@ -320,9 +325,10 @@ def clip(
     check.one_of("clip", "reduction", reduction, check.REDUCTIONS)
     image, text = promoted(image, text)
     t = as_scale(logit_scale, image)
-    rows, columns = ops.similarity_lse(image, text, t, None, None, normalize, True, True)
-    loss = (rows + columns) / 2 - t * paired_dot(image, text, normalize)
-    return reduce(loss, reduction)
+    pair = torch.arange(image.shape[0], device=image.device)
+    rows, columns = ops.similarity_lse(image, text, t, pair, pair, normalize, True, True)
+    own = t * paired_dot(image, text, normalize)  # (N,)
+    return reduce((against(rows, own) + against(columns, own)) / 2, reduction)
 
 
 def sup_con(

@@ -3,6 +3,9 @@
 `similarity_lse` differentiates in query and key: one pass forward, three backward.
 `similarity_lse_mean` is for keys without a gradient: its forward also returns the mean key under
 each row's softmax, from which the query's gradient follows without another pass.
+The losses pass a pair's number as its rows' id, so that the positive is left out (they add it by
+softplus, without cancellation). Such ids come in ascending runs, so kernels skip the comparison in
+every tile whose ranges of row ids and column ids do not meet: the mask then costs nothing.
 Formula in fastcl/reference/similarity_lse.py.
 """
 

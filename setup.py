@@ -130,8 +130,8 @@ def escape_flag(flag: str) -> str:
 
 setup(
     packages=[
-        *("fastcl", "fastcl._C", "fastcl.ops", "fastcl.reference", "fastcl.kernels"),
-        *("fastcl.data", "fastcl.methods", "fastcl.models"),
+        *("fastcl", "fastcl._C", "fastcl._functional", "fastcl.ops", "fastcl.reference"),
+        *("fastcl.kernels", "fastcl.data", "fastcl.methods", "fastcl.models"),
     ],
     package_dir={"fastcl.kernels": "kernels"},
     package_data={"fastcl": ["py.typed", "data/*.npz", "data/*.xz", "data/*LICENSE*", "_C/*.json"]},

@@ -96,3 +96,12 @@ def fraction(function: str, name: str, value: float) -> None:
 def one_of(function: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def inside(function: str, index: Tensor, size: int) -> None:
+    """Every index is in [0, size); looked at only on the CPU and outside torch.compile."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise IndexError(f"{function}: index must be in [0, {size}); got {low} to {high}.")

@@ -17,9 +17,13 @@ import fastcl.functional as F
 __all__ = [
     "ClipLoss",
     "DCLLoss",
+    "DINOLoss",
     "InfoNCELoss",
+    "InstanceSpreadLoss",
+    "NCELoss",
     "NTXentLoss",
     "NegativeCosineLoss",
+    "SigLipLoss",
     "SupConLoss",
     "SwAVLoss",
 ]
@@ -38,7 +42,11 @@ class Loss(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        shown = {
+            name: tuple(value.shape) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in self.options().items()
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class InfoNCELoss(Loss):
@@ -105,6 +113,28 @@ class ClipLoss(Loss):
         return F.clip(image, text, **self.options())
 
 
+class SigLipLoss(Loss):
+    """`functional.siglip`: every pair a binary question, summed and divided by N."""
+
+    def __init__(
+        self,
+        *,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            normalize=normalize,
+            reduction=reduction,
+        )
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return F.siglip(image, text, **self.options())
+
+
 class SupConLoss(Loss):
     """`functional.sup_con`: rows of one label attract each other."""
 
@@ -125,6 +155,70 @@ class SupConLoss(Loss):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return F.sup_con(features, labels, **self.options())
+
+
+class InstanceSpreadLoss(Loss):
+    """`functional.instance_spread`: InvaSpread's loss over the 2N views."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        negative_weight: float = 1.0,
+        detach_columns: bool = True,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            negative_weight=negative_weight,
+            detach_columns=detach_columns,
+            normalize=normalize,
+            reduction=reduction,
+        )
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        return F.instance_spread(z0, z1, **self.options())
+
+
+class NCELoss(Loss):
+    """`functional.nce`: noise-contrastive estimation on scores, the positive first."""
+
+    def __init__(
+        self,
+        *,
+        data_size: int,
+        partition: float | Tensor,
+        eps: float = 1e-7,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(data_size=data_size, partition=partition, eps=eps, reduction=reduction)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return F.nce(scores, **self.options())
+
+
+class DINOLoss(Loss):
+    """`functional.self_distillation`: students predict the teacher's other views.
+
+    `center` (K,) is held by reference: update it in place after each step.
+    """
+
+    def __init__(
+        self,
+        *,
+        center: Tensor,
+        student_temperature: float | Tensor = 0.1,
+        teacher_temperature: float | Tensor = 0.04,
+    ) -> None:
+        super().__init__(
+            center=center,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.self_distillation(student, teacher, **self.options())
 
 
 class NegativeCosineLoss(Loss):

@@ -9,9 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastcl.ops._backend import Backend, backend_of
+from fastcl.ops.bank import bank_update_
+from fastcl.ops.bank_scores import bank_scores
 from fastcl.ops.cosine import cosine
 from fastcl.ops.ema import ema_
+from fastcl.ops.instance_spread import instance_spread
+from fastcl.ops.pair_sigmoid import pair_sigmoid
 from fastcl.ops.queue import queue_push_
+from fastcl.ops.self_distillation import self_distillation
 from fastcl.ops.self_similarity_lse import self_similarity_lse
 from fastcl.ops.similarity_lse import similarity_lse, similarity_lse_mean
 from fastcl.ops.sinkhorn import sinkhorn
@@ -31,9 +36,14 @@ __all__ = [
     "OPS",
     "Backend",
     "backend_of",
+    "bank_scores",
+    "bank_update_",
     "cosine",
     "ema_",
+    "instance_spread",
+    "pair_sigmoid",
     "queue_push_",
+    "self_distillation",
     "self_similarity_lse",
     "similarity_lse",
     "similarity_lse_mean",

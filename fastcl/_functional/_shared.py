@@ -1,0 +1,78 @@
+"""What the public functions share: scales, promotion, the positive against the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastcl import _check as check
+from fastcl import ops
+from fastcl.ops._library import statistics_dtype
+from fastcl.reference._common import NORM_FLOOR, in_float
+
+
+def as_scale(value: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-dim tensor beside `like`, so that kernels read it without a host sync."""
+    dtype = statistics_dtype(like)
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def inverse(function: str, temperature: float | Tensor, like: Tensor) -> Tensor:
+    """scale = 1 / temperature, checked."""
+    check.scalar(function, "temperature", temperature, positive=True)
+    if isinstance(temperature, Tensor):
+        return 1.0 / as_scale(temperature, like)
+    return as_scale(1.0 / temperature, like)
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common dtype, as torch promotes."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def paired_dot(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
+    """<x_i, y_i> (N,) of normalised rows, or of the rows as they are."""
+    if normalize:
+        return -ops.cosine(x, y, NORM_FLOOR)
+    return (in_float(x) * in_float(y)).sum(1)
+
+
+def against(others: Tensor, own: Tensor) -> Tensor:
+    """log(1 + exp(others − own)): the cross entropy of the positive against the others' lse.
+
+    The positive is left out of the others' sum, so that neither a small loss nor its gradient is
+    the difference of two large numbers.
+    """
+    return nn.functional.softplus(others - own, threshold=40)  # torch's 20 shows in float64
+
+
+def needs_grad(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def row_lse(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    normalize: bool,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+) -> Tensor:
+    """Row log-sum-exp (N,), in one pass with the query's gradient if the keys need none."""
+    arguments = (query, key, scale, query_ids, key_ids, normalize)
+    if not needs_grad(key) and (needs_grad(query) or needs_grad(scale)):
+        lse: Tensor = ops.similarity_lse_mean(*arguments)[0]
+        return lse
+    lse = ops.similarity_lse(*arguments, True, False)[0]
+    return lse
+
+
+def reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss

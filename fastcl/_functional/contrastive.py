@@ -1,0 +1,347 @@
+"""Contrastive losses, and the log-sum-exp of similarities that they are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastcl import _check as check
+from fastcl import ops
+from fastcl._functional._shared import (
+    against,
+    as_scale,
+    inverse,
+    paired_dot,
+    promoted,
+    reduce,
+    row_lse,
+)
+from fastcl.reference._common import NORM_FLOOR, in_float
+
+
+def similarity_lse(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    normalize: bool = False,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    reduce: str = "rows",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-sum-exp of similarities, by rows, by columns, or both from one pass.
+
+        s = scale * query @ key.T;  rows: s.logsumexp(1);  columns: s.logsumexp(0)
+
+    query (N, D); key (M, D), M may be 0; query_ids (N,), key_ids (M,): integers, pairs of equal ids
+    are left out. Nothing left in a row gives −inf and a zero gradient.
+    Returns nats: (N,) for reduce="rows", (M,) for "columns", the pair for "both".
+    Without a gradient to `key`, rows cost two passes in all; otherwise four.
+    Raises ValueError or TypeError on shapes, dtypes, devices, a scale that is not finite, one
+    vector of ids without the other.
+    """
+    check.matrices("similarity_lse", query=query, key=key)
+    check.scalar("similarity_lse", "scale", scale, positive=False)
+    check.one_of("similarity_lse", "reduce", reduce, ("rows", "columns", "both"))
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("similarity_lse: query_ids and key_ids go together; got only one.")
+    if query_ids is not None and key_ids is not None:
+        query_ids = check.integers(
+            "similarity_lse", "query_ids", query_ids, query.shape[0], query.device
+        )
+        key_ids = check.integers("similarity_lse", "key_ids", key_ids, key.shape[0], key.device)
+    query, key = promoted(query, key)
+    t = as_scale(scale, query)
+    if reduce == "rows":
+        return row_lse(query, key, t, normalize, query_ids, key_ids)
+    if reduce == "columns":
+        return row_lse(key, query, t, normalize, key_ids, query_ids)
+    rows, columns = ops.similarity_lse(query, key, t, query_ids, key_ids, normalize, True, True)
+    return rows, columns
+
+
+def self_similarity_lse(
+    z: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    normalize: bool = False,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Log-sum-exp of the similarities of each row to all other rows.
+
+        s = scale * z @ z.T with −inf on the diagonal;  s.logsumexp(1)
+
+    z (N, D); ids (N,): integers, pairs of equal ids are left out too. Each tile of the symmetric
+    matrix is computed once. Returns (N,) in nats; nothing left in a row gives −inf.
+    Raises ValueError or TypeError on shapes, dtypes, devices, a scale that is not finite.
+    """
+    check.matrices("self_similarity_lse", z=z)
+    check.scalar("self_similarity_lse", "scale", scale, positive=False)
+    if ids is not None:
+        ids = check.integers("self_similarity_lse", "ids", ids, z.shape[0], z.device)
+    lse: Tensor = ops.self_similarity_lse(z, as_scale(scale, z), ids, normalize)
+    return lse
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def info_nce(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """InfoNCE: the positive must be found among its negatives.
+
+        loss_i = log Σ_c exp(<q_i, c> / τ) − <q_i, p_i> / τ      c: the positive and the negatives
+
+    query, positive (N, D). negatives: None, the other rows of `positive`; (K, D), shared by all
+    queries, such as a queue; (N, K, D), each query's own. Returns nats.
+    Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4; He et al. 2020,
+    arXiv:1911.05722, equation 1, for the queue.
+    Raises ValueError or TypeError on shapes, dtypes, devices, temperature ≤ 0, reduction.
+    """
+    check.pairs("info_nce", query=query, positive=positive)
+    check.one_of("info_nce", "reduction", reduction, check.REDUCTIONS)
+    if negatives is not None:
+        _check_negatives(query, negatives)
+        query, positive, negatives = promoted(query, positive, negatives)
+    else:
+        query, positive = promoted(query, positive)
+    t = inverse("info_nce", temperature, query)
+    if negatives is None:
+        row = torch.arange(query.shape[0], device=query.device)
+        others = row_lse(query, positive, t, normalize, row, row)  # (N,)
+    elif negatives.ndim == 2:
+        others = row_lse(query, negatives, t, normalize)
+    else:
+        others = _own_negatives_lse(query, negatives, t, normalize)
+    own = t * paired_dot(query, positive, normalize)  # (N,)
+    return reduce(against(others, own), reduction)
+
+
+def _check_negatives(query: Tensor, negatives: Tensor) -> None:
+    n, d = query.shape
+    if not isinstance(negatives, Tensor) or not negatives.is_floating_point():
+        raise TypeError("info_nce: negatives must be a floating-point tensor.")
+    shared = negatives.ndim == 2 and negatives.shape[1] == d
+    own = negatives.ndim == 3 and negatives.shape[0] == n and negatives.shape[2] == d
+    if not (shared or own):
+        raise ValueError(
+            f"info_nce: negatives must be (K, {d}) or ({n}, K, {d}); "
+            f"got {check.describe(negatives)}."
+        )
+    if negatives.device != query.device:
+        raise ValueError(
+            f"info_nce: query and negatives must be on one device; "
+            f"got {query.device} and {negatives.device}."
+        )
+
+
+def _own_negatives_lse(query: Tensor, negatives: Tensor, t: Tensor, normalize: bool) -> Tensor:
+    """Log-sum-exp (N,) over each query's own negatives (N, K, D), which outweigh their scores."""
+    q, k = in_float(query), in_float(negatives)
+    if normalize:
+        q = nn.functional.normalize(q, dim=-1, eps=NORM_FLOOR)
+        k = nn.functional.normalize(k, dim=-1, eps=NORM_FLOOR)
+    return (t * torch.einsum("nd,nkd->nk", q, k)).logsumexp(1)
+
+
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """NT-Xent, SimCLR's loss: each of 2N views must find its partner among the 2N − 1 others.
+
+        z = cat(z0, z1);  s = z @ z.T / τ, −inf on the diagonal
+        cross_entropy(s, [N, …, 2N − 1, 0, …, N − 1])
+
+    z0, z1 (N, D): row i of each is a view of image i. Returns nats, the mean over the 2N rows (the
+    official code sums the two halves' means: twice this), or (2N,) for reduction="none".
+    Source: Chen et al. 2020, arXiv:2002.05709, equation 1.
+    Raises ValueError or TypeError on shapes, dtypes, devices, temperature ≤ 0, reduction.
+    """
+    check.pairs("nt_xent", z0=z0, z1=z1)
+    check.one_of("nt_xent", "reduction", reduction, check.REDUCTIONS)
+    others, own = _views("nt_xent", z0, z1, temperature, normalize)
+    return reduce(against(others, own), reduction)
+
+
+def _views(
+    function: str, z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """For each of the 2N views: the lse over the other images' views, the similarity to its own."""
+    z0, z1 = promoted(z0, z1)
+    t = inverse(function, temperature, z0)
+    image = torch.arange(z0.shape[0], device=z0.device).repeat(2)
+    others = ops.self_similarity_lse(torch.cat((z0, z1)), t, image, normalize)  # (2N,)
+    return others, (t * paired_dot(z0, z1, normalize)).repeat(2)
+
+
+def dcl(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Decoupled contrastive loss: NT-Xent with the positive left out of the denominator.
+
+        loss_r = log Σ_{c: another image} exp(<z_r, z_c> / τ) − <z_r, z_partner> / τ
+
+    z0, z1 (N, D), N ≥ 2. Returns nats, the mean over both directions' 2N rows, or (2N,).
+    Source: Yeh et al. 2021, arXiv:2110.06848, equation 6.
+    Raises ValueError or TypeError on shapes, dtypes, devices, N = 1, temperature ≤ 0, reduction.
+    """
+    check.pairs("dcl", z0=z0, z1=z1)
+    check.one_of("dcl", "reduction", reduction, check.REDUCTIONS)
+    if z0.shape[0] < 2:
+        raise ValueError("dcl: needs at least 2 images, or no negatives are left; got 1.")
+    others, own = _views("dcl", z0, z1, temperature, normalize)
+    return reduce(others - own, reduction)
+
+
+def clip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """CLIP's symmetric loss: each image must find its text, and each text its image.
+
+        s = logit_scale * image @ text.T
+        (cross_entropy(s, arange(N)) + cross_entropy(s.T, arange(N))) / 2
+
+    image, text (N, D); logit_scale multiplies the cosine (1 / τ, already exponentiated). Both
+    directions come from one pass. Returns nats; reduction="none" gives (N,), each the mean of its
+    two terms. Source: Radford et al. 2021, arXiv:2103.00020, figure 3.
+    Raises ValueError or TypeError on shapes, dtypes, devices, logit_scale ≤ 0, reduction.
+    """
+    check.pairs("clip", image=image, text=text)
+    check.scalar("clip", "logit_scale", logit_scale, positive=True)
+    check.one_of("clip", "reduction", reduction, check.REDUCTIONS)
+    image, text = promoted(image, text)
+    t = as_scale(logit_scale, image)
+    pair = torch.arange(image.shape[0], device=image.device)
+    rows, columns = ops.similarity_lse(image, text, t, pair, pair, normalize, True, True)
+    own = t * paired_dot(image, text, normalize)  # (N,)
+    return reduce((against(rows, own) + against(columns, own)) / 2, reduction)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Supervised contrastive loss L_out: rows of one label are each other's positives.
+
+        loss_i = log Σ_{j≠i} exp(<z_i, z_j> / τ) − <z_i, mean of the other rows of its label> / τ
+
+    features (N, D), one row a view; labels (N,) integers. Rows without a positive give 0 and count
+    in the mean. `base_temperature` multiplies the loss by τ / base_temperature, as the official
+    code does. Class sums give the positives in O(N·D): there is no mask matrix. Returns nats.
+    Source: Khosla et al. 2020, arXiv:2004.11362, equation 2.
+    Raises ValueError or TypeError on shapes, dtypes, devices, temperatures ≤ 0, reduction.
+    """
+    check.matrices("sup_con", features=features)
+    check.not_empty("sup_con", features=features)
+    check.one_of("sup_con", "reduction", reduction, check.REDUCTIONS)
+    labels = check.integers("sup_con", "labels", labels, features.shape[0], features.device)
+    t = inverse("sup_con", temperature, features)
+    lse = ops.self_similarity_lse(features, t, None, normalize)  # (N,)
+    z = in_float(features)
+    if normalize:
+        z = nn.functional.normalize(z, dim=1, eps=NORM_FLOOR)
+    class_sum, size = _sums_by_label(z, labels)  # (N, D), (N,)
+    positives = (class_sum - z) / (size - 1).clamp_min(1)[:, None]  # mean of the others
+    loss = torch.where(size > 1, lse - t * (z * positives).sum(1), 0.0)
+    if base_temperature is not None:
+        check.scalar("sup_con", "base_temperature", base_temperature, positive=True)
+        loss = loss / (t * base_temperature)
+    return reduce(loss, reduction)
+
+
+def _sums_by_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For every row, the sum (N, D) and the number (N,) of the rows with its label."""
+    order = labels.argsort()
+    changes = labels[order].diff() != 0
+    rank = torch.zeros_like(labels).scatter(
+        0, order, torch.cat((changes.new_zeros(1), changes)).long().cumsum(0)
+    )  # (N,): the label's place among the distinct labels, without asking how many there are
+    size = torch.zeros_like(rank).index_add(0, rank, torch.ones_like(rank))[rank]
+    if z.device.type == "cpu":  # torch's deterministic scatter-add differs by device
+        return torch.zeros_like(z).index_add(0, rank, z).index_select(0, rank), size
+    return torch.zeros_like(z).index_put((rank,), z, accumulate=True)[rank], size
+
+
+def siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """SigLIP's pairwise loss: every image and text is a binary question of its own.
+
+        s = logit_scale * image @ text.T + logit_bias;  z = 2 * eye(N) - 1
+        -logsigmoid(z * s).sum() / N
+
+    image, text (N, D). Returns nats, the sum over pairs divided by N; reduction="none" gives (N,),
+    each image's sum over the texts. Source: Zhai et al. 2023, arXiv:2303.15343, equation 1.
+    Raises ValueError or TypeError on shapes, dtypes, devices, logit_scale ≤ 0, reduction.
+    """
+    check.pairs("siglip", image=image, text=text)
+    check.scalar("siglip", "logit_scale", logit_scale, positive=True)
+    check.scalar("siglip", "logit_bias", logit_bias, positive=False)
+    check.one_of("siglip", "reduction", reduction, check.REDUCTIONS)
+    image, text = promoted(image, text)
+    t, b = as_scale(logit_scale, image), as_scale(logit_bias, image)
+    return reduce(ops.pair_sigmoid(image, text, t, b, normalize), reduction)
+
+
+def instance_spread(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    negative_weight: float = 1.0,
+    detach_columns: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """InvaSpread's loss: a view is its own instance, and no other view is.
+
+        z = cat(z0, z1);  p_rc = exp(<z_r, z_c> / τ) / Σ_{c≠r} w_rc exp(<z_r, z_c> / τ)
+        loss_r = −log p_r,partner − m Σ_{c≠r,partner} log(1 − p_rc)      w = m for negatives, else 1
+
+    z0, z1 (N, D): row i of each is a view of image i; m = negative_weight. `detach_columns` lets
+    the gradient flow through the row operand only, as the official code does. Exact also where
+    1 − p cancels in float32. Returns nats, the mean over the 2N rows, or (2N,).
+    Source: Ye et al. 2019, arXiv:1904.03436.
+    Raises ValueError or TypeError on shapes, dtypes, devices, temperature or weight ≤ 0, reduction.
+    """
+    check.pairs("instance_spread", z0=z0, z1=z1)
+    check.scalar("instance_spread", "negative_weight", negative_weight, positive=True)
+    check.one_of("instance_spread", "reduction", reduction, check.REDUCTIONS)
+    z0, z1 = promoted(z0, z1)
+    t = inverse("instance_spread", temperature, z0)
+    z = torch.cat((z0, z1))
+    loss = ops.instance_spread(z, t, float(negative_weight), normalize, detach_columns)[0]
+    return reduce(loss, reduction)

@@ -1,0 +1,105 @@
+"""The registered operation fastcl::instance_spread.
+
+Formula in fastcl/reference/instance_spread.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastcl.ops._backend import implementation
+from fastcl.ops._library import (
+    contiguous,
+    define,
+    differentiate,
+    refuse_second_derivative,
+    statistics_dtype,
+)
+from fastcl.reference import instance_spread as Cpp
+
+WORD = "instance_spread"
+
+
+def run_forward(
+    z: Tensor, scale: Tensor, negative_weight: float, normalize: bool, detach_columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, log_d, o, b_small, b_large = implementation(WORD, z, Cpp).forward(
+        *contiguous(z, scale), negative_weight=negative_weight, normalize=normalize
+    )
+    return loss, log_d, o, b_small, b_large
+
+
+def fake_forward(
+    z: Tensor, scale: Tensor, negative_weight: float, normalize: bool, detach_columns: bool
+) -> tuple[Tensor, ...]:
+    return tuple(z.new_empty(z.shape[0], dtype=statistics_dtype(z)) for _ in range(5))
+
+
+def run_backward(
+    grad: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    log_d: Tensor,
+    o: Tensor,
+    b_small: Tensor,
+    b_large: Tensor,
+    negative_weight: float,
+    normalize: bool,
+    detach_columns: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_z, grad_scale = implementation(WORD, z, Cpp).backward(
+        *contiguous(grad, z, scale, log_d, o, b_small, b_large),
+        negative_weight=negative_weight,
+        normalize=normalize,
+        detach_columns=detach_columns,
+    )
+    return grad_z, grad_scale
+
+
+def fake_backward(
+    grad: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    log_d: Tensor,
+    o: Tensor,
+    b_small: Tensor,
+    b_large: Tensor,
+    negative_weight: float,
+    normalize: bool,
+    detach_columns: bool,
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), scale.new_empty(())
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, scale, *ctx.options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(z, scale, *output[1:])
+
+
+def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad_z, grad_scale = instance_spread_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (
+        grad_z if ctx.needs_input_grad[0] else None,
+        grad_scale if ctx.needs_input_grad[1] else None,
+        *(None,) * 3,
+    )
+
+
+instance_spread = define(
+    "instance_spread(Tensor z, Tensor scale, float negative_weight, bool normalize, "
+    "bool detach_columns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run_forward,
+    fake_forward,
+)
+instance_spread_backward = define(
+    "instance_spread_backward(Tensor grad, Tensor z, Tensor scale, Tensor log_d, Tensor o, "
+    "Tensor b_small, Tensor b_large, float negative_weight, bool normalize, bool detach_columns) "
+    "-> (Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+)
+differentiate(WORD, backward, setup_context)
+refuse_second_derivative("instance_spread_backward")

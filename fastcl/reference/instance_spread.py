@@ -51,7 +51,7 @@ def instance_spread(
     columns = z.detach() if detach_columns else z
     s, negative = scores(z, columns, scale.to(z.dtype), m, 0)
     log_d, p, top, o = shares(s)
-    log_rest = torch.log1p(-p / m).scatter(1, top, ((o + m - 1) / m).log())
+    log_rest = torch.log1p(-p / m).scatter(1, top, ((o + (m - 1)) / m).log())
     own = s.gather(1, partners(0, len(z), z))
     return (log_d - own)[:, 0] - m * torch.where(negative, log_rest, 0.0).sum(1)
 
@@ -69,14 +69,14 @@ def forward(
     for i in range(0, len(z), CHUNK):
         s, negative = scores(z[i : i + CHUNK], z, scale.to(z.dtype), m, i)
         log_d, p, top, o = shares(s)
-        log_rest = torch.log1p(-p / m).scatter(1, top, ((o + m - 1) / m).log())
+        log_rest = torch.log1p(-p / m).scatter(1, top, ((o + (m - 1)) / m).log())
         partner = partners(i, len(s), z)
         own = torch.where(top == partner, -torch.log1p(-o), log_d - s.gather(1, partner))
         loss = own[:, 0] - m * torch.where(negative, log_rest, 0.0).sum(1)
         large = negative.gather(1, top) & (o < 0.5)
-        small = torch.where(large, 0.0, (1 - o) / (o + m - 1))
+        small = torch.where(large, 0.0, (1 - o) / (o + (m - 1)))
         ratio = torch.where(negative, (p / (m - p)).scatter(1, top, small), 0.0)
-        b_large = torch.where(large, (1 - o) / (o + m - 1), 0.0)
+        b_large = torch.where(large, (1 - o) / (o + (m - 1)), 0.0)
         results.append((loss, log_d[:, 0], o[:, 0], ratio.sum(1), b_large[:, 0]))
     loss, log_d, o, b_small, b_large = (torch.cat(column) for column in zip(*results))
     return loss, log_d, o, b_small, b_large

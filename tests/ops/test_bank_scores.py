@@ -1,0 +1,84 @@
+"""bank_scores and nce against the official memory-bank code and the float64 formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastcl.functional as F
+from fastcl.reference.bank_scores import bank_scores
+from fastcl.testing import relative_error, value_and_gradients
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k", "m", "d"), [(1, 1, 1, 1), (5, 33, 40, 100), (17, 129, 300, 64)])
+def test_matches_the_float64_formula(n: int, k: int, m: int, d: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, bank = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
+    index, t, cotangent = torch.randint(m, (n, k)), torch.tensor(3.0), torch.randn(n, k)
+    ours = value_and_gradients(
+        lambda q, t: F.bank_scores(q, bank, index, scale=t), (query, t), cotangent
+    )
+    truth = value_and_gradients(
+        lambda q, t: bank_scores(q, bank.double(), index, t),
+        (query.double(), t.double()),
+        cotangent,
+    )
+    half = dtype != torch.float32
+    for a, b, slack in zip(ours, truth, (2e-6, torch.finfo(dtype).eps if half else 1e-5, 5e-5)):
+        assert relative_error(a, b) < slack
+
+
+def test_a_bank_in_half_precision_serves_float32_queries() -> None:
+    query, bank, index = torch.randn(3, 16), torch.randn(9, 16).half(), torch.randint(9, (3, 4))
+    scores = F.bank_scores(query, bank, index)
+    torch.testing.assert_close(scores, F.bank_scores(query, bank.float(), index))
+
+
+@pytest.mark.parametrize("name", ["instdisc_nce_b8_d128_n200_k64"])
+def test_nce_over_a_bank_is_instdisc(golden, name: str) -> None:
+    """Two steps: the partition from the first batch, the bank updated after scoring."""
+    file = golden(name)
+    bank, data_size = file["mem_before"].clone(), int(file["param_N"])
+    partition = None
+    for step in (1, 2):
+        x = file[f"s{step}_x"].requires_grad_()
+        index = file[f"s{step}_idx"].long()
+        scores = F.bank_scores(x, bank, index, scale=1 / float(file["param_T"]))
+        if partition is None:
+            partition = data_size * scores.detach().exp().mean()
+            torch.testing.assert_close(
+                partition.double(), file["s1_f64_Z"].double(), rtol=1e-5, atol=0
+            )
+        loss = F.nce(scores, data_size=data_size, partition=partition)
+        assert loss.item() == pytest.approx(file[f"s{step}_f64_loss"].item(), rel=2e-6)
+        loss.backward()
+        assert relative_error(x.grad, file[f"s{step}_f64_grad_x"]) < 1e-5
+        rows = file[f"s{step}_y"].long()
+        F.bank_update_(bank, rows, x.detach(), momentum=float(file["param_momentum"]))
+        truth = file[f"s{step}_f64_mem_rows_after"]
+        torch.testing.assert_close(bank[rows].double(), truth, rtol=0, atol=1e-6)
+
+
+def test_nce_survives_scores_that_overflow() -> None:
+    scores = torch.tensor([[300.0, -300.0, 200.0]], requires_grad=True)
+    loss = F.nce(scores, data_size=100, partition=50.0)
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all()
+    assert loss.item() == pytest.approx(200 - torch.tensor(50.0 * 2 / 100).log().item(), rel=1e-5)
+
+
+def test_bad_arguments_change_nothing_and_say_what_must_hold() -> None:
+    query, bank, index = torch.randn(3, 4), torch.randn(5, 4), torch.randint(5, (3, 2))
+    with pytest.raises(IndexError, match=r"in \[0, 5\)"):
+        F.bank_scores(query, bank, index + 4)
+    with pytest.raises(TypeError, match="integers"):
+        F.bank_scores(query, bank, index.float())
+    with pytest.raises(ValueError, match=r"index must be \(3, K\)"):
+        F.bank_scores(query, bank, index[:2])
+    with pytest.raises(ValueError, match="partition must be above 0"):
+        F.nce(torch.randn(2, 3), data_size=10, partition=0.0)
+    with pytest.raises(ValueError, match="K ≥ 1"):
+        F.nce(torch.randn(2, 1), data_size=10, partition=1.0)

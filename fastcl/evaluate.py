@@ -39,10 +39,10 @@ def features_and_labels(
     batch_size: int = 500,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The model's features (N, D) of every image in eval mode, float32 on the CPU, and the labels (N,).
+    """The model's features (N, D) in eval mode, float32 on the CPU, and the labels (N,).
 
     normalize   what was done to the images in training: the recipe's `Augmentation.normalize`
-    N counts the readable images. Every module is left in the mode, training or not, in which it was.
+    N counts the readable images. Every module is left in the mode, training or not, that it had.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -81,10 +81,11 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """The share of test rows (0 to 1) that weighted kNN classifies right. Rows are L2-normalised here.
+    """The share of test rows, 0 to 1, that weighted kNN classifies right. It normalises the rows.
 
-    train_features (N, D), train_labels (N,), test_features (M, D), test_labels (M,). Exact: all M·N similarities, in
-    chunks. Ties: of equally similar training rows the first ones are neighbours, of classes of equal score the first wins.
+    train_features (N, D), train_labels (N,), test_features (M, D), test_labels (M,). Exact: all M·N
+    similarities, in chunks. Of equally similar training rows the first are the neighbours, of
+    classes of equal score the first wins.
     """
     if not 1 <= k <= len(train_features):
         raise ValueError(f"knn: k must be in 1 … {len(train_features)} training rows; got {k}")
@@ -97,7 +98,7 @@ def knn(
     rows = max(1, SIMILARITIES // len(train))
     for part, truth in zip(torch.split(test, rows), torch.split(test_labels.cpu(), rows)):
         similarity, neighbour = nearest(part @ train.T, k)
-        # Voted on the CPU, where the order of the additions is fixed; (s − s_max)/τ cannot overflow.
+        # On the CPU the order of the additions is fixed; exp((s − s_max)/τ) cannot overflow.
         similarity = (similarity - similarity.amax(1, keepdim=True)).double().cpu()
         score = torch.zeros(len(part), classes, dtype=torch.float64)
         score.scatter_add_(1, labels[neighbour.cpu()], torch.exp(similarity / temperature))
@@ -106,7 +107,7 @@ def knn(
 
 
 def nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, of equal ones the first: values and indices (M, k), in no order."""
+    """The k largest of each row, of equal ones the first: values, indices (M, k), in no order."""
     value, index = similarity.topk(k, 1)
     least = value[:, -1:]
     tied = (similarity >= least).sum(1) > k  # there topk may choose any of the least

@@ -36,7 +36,8 @@ def load(
 
     data_dir   where its files are; the embedded fashion needs none
     download   let torchvision fetch cifar10, cifar100 or stl10 into data_dir
-    Raises ValueError, in one line, for an unknown name (with the list) and for files that are not where they must be.
+    Raises ValueError, in one line, for an unknown name (with the list) and for files that are not
+    where they must be.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data {name!r}. Data: {', '.join(DATASETS)}")

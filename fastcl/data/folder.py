@@ -1,8 +1,9 @@
 """Images in folders, one folder a class:
 
-    data_dir/train/<class>/*.jpg      and      data_dir/test/<class>/*.jpg  or  data_dir/val/<class>/*.jpg
+    data_dir/train/<class>/*.jpg    and    data_dir/test/<class>/*.jpg or data_dir/val/<class>/*.jpg
 
-the layout of torchvision's ImageFolder and of ImageNet. Small images (CIFAR unpacked) are decoded once and kept in memory.
+the layout of torchvision's ImageFolder and of ImageNet. Small images are decoded once and kept in
+memory.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def load_imagenet(data_dir: Path | None, download: bool = False) -> DataSplits:
 def _scan(
     name: str, data_dir: Path | None, test_names: tuple[str, str]
 ) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
-    """The two splits under data_dir and their classes, or a ValueError of one line that says what is wrong."""
+    """The two splits under data_dir and their classes, or a ValueError that says what is wrong."""
     layout = f"train/<class>/… and {'|'.join(test_names)}/<class>/…"
     if data_dir is None:
         raise ValueError(f"data {name!r} needs data_dir, a folder with {layout}")
@@ -79,7 +80,7 @@ def _classes(root: Path) -> tuple[str, ...]:
 
 
 def _files(root: Path, classes: tuple[str, ...]) -> FolderSplit:
-    """Every image file below root/<class>, sorted; the label is the place of the class in `classes`."""
+    """Every image file below root/<class>, sorted; the label is the class's place in `classes`."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -112,7 +113,7 @@ def _largest_side(split: FolderSplit, sample: int = 64) -> int:
 
 
 def in_memory(split: FolderSplit, size: int) -> TensorSplit:
-    """All images of a split, decoded, size × size: uint8 (N, 3, size, size). Unreadable files are left out."""
+    """All images of a split, decoded: uint8 (N, 3, size, size). Unreadable files are left out."""
     images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
 
     def decode_into(index: int) -> bool:

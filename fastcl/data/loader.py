@@ -1,13 +1,13 @@
 """Epochs of augmented batches, prepared in the background, from a position that can be saved.
 
     loader = Loader(data.pretrain, recipe, batch_size=256, seed=0, workers=1)
-    for views, labels, indices in loader:       one epoch, or the rest of one
+    for views, labels, indices in loader:           one epoch, or the rest of one
         …
-        checkpoint["loader"] = loader.state_dict()       the batches that follow are the same after load_state_dict
+        state = loader.state_dict()                 load_state_dict(state) goes on from here
 
-Every random number is a function of (seed, epoch) for the order of the images, of (seed, epoch, batch) for the views of a
-split in memory and of (seed, epoch, image) for those of a file. So the position is two integers, and neither the number of
-workers nor how far they ran ahead changes a batch.
+Every random number is a function of (seed, epoch) for the order of the images, of (seed, epoch,
+batch) for the views of a split in memory, and of (seed, epoch, image) for those of a file. So the
+position is two integers, and neither the number of workers nor how far they ran ahead changes it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def generator_for(*key: int) -> Generator:
 
 
 class Loader:
-    """Iterates over the batches of an epoch: (views, labels (B,), indices (B,)), views as the augmentation lists them.
+    """Iterates over the batches of an epoch: (views, labels (B,), indices (B,)).
 
     drop_last   leave out the last batch of an epoch when it is smaller
-    workers     threads (split in memory) or processes (files) that prepare batches ahead; 0: none, when asked
+    workers     threads (split in memory) or processes (files) that prepare batches ahead; 0: none
 
-    Iterating goes to the end of the epoch from `batch`, the number of batches that this epoch has given; breaking off and
-    iterating again goes on where it stopped. `epoch` counts from 0 and moves on at the end of the iteration.
+    Iterating goes to the end of the epoch from `batch`, the number of batches that it has already
+    given; breaking off and iterating again goes on where it stopped. `epoch` counts from 0 and
+    moves on at the end of the iteration.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Loader:
         self.epoch, self.batch = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """The position: what a loader of the same split, augmentation, batch_size and drop_last needs to go on."""
+        """The position, for a loader of the same split, augmentation, batch_size and drop_last."""
         return {"seed": self.seed, "epoch": self.epoch, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -107,7 +108,7 @@ class Loader:
         if self.workers == 0:
             yield from (task() for task in tasks)
             return
-        torch.get_num_threads()  # fixes this thread's own number, which one_thread would else become
+        torch.get_num_threads()  # settles this thread's own number before one_thread sets another
         with ThreadPoolExecutor(self.workers, "augment", initializer=one_thread) as pool:
             ahead: deque[Future[Batch]] = deque()
             try:
@@ -137,7 +138,7 @@ class Loader:
             batch_sampler=[indices.tolist() for _, indices in batches],
             num_workers=self.workers,
             collate_fn=collate,
-            generator=Generator(),  # else it would draw from the global one, and resuming would not be exact
+            generator=Generator(),  # else it draws from the global one, which resuming would miss
         )
         for views, labels, indices, unreadable in loader:
             self.split.report(unreadable)
@@ -145,7 +146,7 @@ class Loader:
 
 
 class FileViews(torch.utils.data.Dataset[Any]):
-    """The views of image files in one epoch, by index. An unreadable file is replaced by the next readable one."""
+    """The views of image files in one epoch. In place of an unreadable file: the next readable."""
 
     def __init__(self, split: FolderSplit, augmentation: Augmentation, seed: int, epoch: int):
         self.split, self.augmentation, self.seed, self.epoch = split, augmentation, seed, epoch
@@ -166,9 +167,10 @@ def collate(samples: list[tuple[list[Tensor], Tensor, int, list[int]]]) -> Any:
     """Samples -> (views, labels, indices, indices of unreadable files)."""
     views, labels, indices, unreadable = zip(*samples)
     stacked = [torch.stack(view) for view in zip(*views)]
-    return stacked, torch.stack(labels), torch.tensor(indices), sum(unreadable, [])
+    skipped = [index for indices in unreadable for index in indices]
+    return stacked, torch.stack(labels), torch.tensor(indices), skipped
 
 
 def one_thread() -> None:
-    """A preparing thread uses one core: a team of threads beside the training's would oversubscribe the machine."""
+    """One core for each preparing thread: a team would fight with the training for them."""
     torch.set_num_threads(1)

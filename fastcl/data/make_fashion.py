@@ -1,9 +1,9 @@
-"""Makes the embedded data: `python -m fastcl.data.make_fashion FOLDER` writes fastcl/data/fashion.npz.
+"""Makes fastcl/data/fashion.npz, the embedded data: python -m fastcl.data.make_fashion FOLDER
 
-FOLDER holds the four files of Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747; MIT licence) as published:
-train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz.
-The first 10,000 training and the first 2,000 test images are kept, grey at 28×28, as they are: 5.3 MB. The
-colours are put on when the data is loaded (fashion.py).
+FOLDER holds the four files of Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747; MIT licence) under
+their published names, train-images-idx3-ubyte.gz and so on. The first 10,000 training and the first
+2,000 test images are kept as they are, grey, 28×28: 5.3 MB. They get their colours when they are
+loaded (fashion.py).
 """
 
 from __future__ import annotations

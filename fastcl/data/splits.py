@@ -1,7 +1,7 @@
 """What a data set is here: images with labels, either all in memory or read from files when asked.
 
-Images are uint8 (3, H, W), labels int64, −1 where there is none. Both kinds of split answer the same
-three questions: how many, what labels, and `batches`, the images as a test sees them.
+Images are uint8 (3, H, W), labels int64, −1 where there is none. Both kinds of split answer the
+same questions: how many, what labels, and `batches`, the images as a test sees them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class TensorSplit:
 class FolderSplit:
     """Image files, decoded when they are asked for.
 
-    `batches` gives the usual test view: the shorter side resized to `image_size`·256/224, then the central
-    `image_size` square. `unreadable` collects the files that could not be decoded.
+    `batches` gives the usual test view: the shorter side resized to `image_size`·256/224, then the
+    central square of `image_size`. `unreadable` collects the files that could not be decoded.
     """
 
     paths: tuple[str, ...]
@@ -65,7 +65,7 @@ class FolderSplit:
                 warnings.warn(f"skipped an unreadable image: {path}", stacklevel=2)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (images uint8 (B, 3, S, S), labels (B,)), in order; unreadable files are left out."""
+        """Yields (images uint8 (B, 3, S, S), labels (B,)), in order, without unreadable files."""
         with ThreadPoolExecutor() as pool:
             for indices in torch.split(torch.arange(len(self)), batch_size):
                 crops = list(pool.map(self._centre, indices.tolist()))
@@ -87,8 +87,9 @@ Split = TensorSplit | FolderSplit
 class DataSplits:
     """A data set: its splits, and what a model must know of it.
 
-    `train` and `test` are the labelled splits that evaluation uses. `unlabeled` is the larger split that a data
-    set offers for pre-training, where it does (stl10). `mean` and `std` are per channel, for images in [0, 1].
+    `train` and `test` are the labelled splits that evaluation uses. `unlabeled` is the larger split
+    that a data set offers for pre-training, where it does (stl10). `mean` and `std` are per
+    channel, for images in [0, 1].
     """
 
     name: str
@@ -119,7 +120,10 @@ def decode(path: str) -> Tensor | None:
 
 
 def centre_square(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) -> (3, size, size): the shorter side to size·256/224, then the centre; one of that size as it is."""
+    """(3, H, W) -> (3, size, size): the shorter side to size·256/224, then the centre.
+
+    An image that is size × size already stays as it is.
+    """
     from torchvision.transforms.v2 import functional as tv
 
     if image.shape[-2:] == (size, size):

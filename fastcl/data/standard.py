@@ -28,9 +28,9 @@ def load_cifar100(data_dir: Path | None, download: bool = False) -> DataSplits:
 
 
 def load_stl10(data_dir: Path | None, download: bool = False) -> DataSplits:
-    """`--data stl10`: 5,000 + 8,000 labelled images, 96×96, and the 105,000 (train and unlabelled) to pre-train on: 2.9 GB.
+    """`--data stl10`: 5,000 + 8,000 labelled images, 96×96. Source: Coates et al. 2011.
 
-    Source: Coates et al. 2011.
+    And 105,000 to pre-train on, the unlabelled ones and those of train: 2.9 GB of memory.
     """
     mean, std = (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)
     train, test, unlabeled = (
@@ -60,7 +60,7 @@ def _cifar_split(dataset: Any) -> TensorSplit:
 def _dataset(
     name: str, kind: str, folder: str, data_dir: Path | None, download: bool, **options: Any
 ) -> Any:
-    """torchvision's data set `kind`, or a ValueError of one line that says where it was expected."""
+    """torchvision's data set `kind`, or a ValueError that says where it was expected."""
     import torchvision
 
     if data_dir is None:
@@ -69,7 +69,7 @@ def _dataset(
         )
     if not download and not (data_dir / folder).is_dir():
         raise ValueError(
-            f"data {name!r} expects {data_dir / folder}/; it is not there. Download it with --download"
+            f"data {name!r} expects {data_dir / folder}/, which is not there; --download gets it"
         )
     try:
         return getattr(torchvision.datasets, kind)(data_dir, download=download, **options)

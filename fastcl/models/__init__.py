@@ -32,8 +32,8 @@ def build(
 
     zero_init_residual   the last batch norm of each residual block starts at γ = 0, so the block
                          starts as the identity (Goyal et al. 2017, arXiv:1706.02677). ResNets only.
-    For images of at most 64 pixels a torchvision ResNet gets the small-image stem: 3×3, stride 1, no
-    max-pool (SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix B.9).
+    For images of at most 64 pixels a torchvision ResNet gets the small-image stem: 3×3, stride 1,
+    no max-pool (SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix B.9).
     Raises ValueError for an unknown name, with the list, and where an option does not apply.
     """
     if name == "tiny-resnet":

@@ -1,5 +1,6 @@
 // Registers the kernels with Python; a pointer argument arrives as the integer of data_ptr().
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "ops.h"
 
@@ -16,6 +17,11 @@ template <class T>
 struct Argument<T*> {
   using type = uintptr_t;
   static T* pass(uintptr_t x) { return reinterpret_cast<T*>(x); }
+};
+template <class T>
+struct Argument<const T&> {
+  using type = const T&;
+  static const T& pass(const T& x) { return x; }
 };
 
 template <class Result, class... A>
@@ -51,4 +57,14 @@ PYBIND11_MODULE(FASTCL_ISA, m) {
   m.def("supported_isas", supported_isas);
   def(m, "cosine_forward", cosine_forward);
   def(m, "cosine_backward", cosine_backward);
+  def(m, "sinkhorn_forward", sinkhorn_forward);
+  def(m, "soft_cross_entropy_forward", soft_cross_entropy_forward);
+  def(m, "soft_cross_entropy_backward", soft_cross_entropy_backward);
+  def(m, "ema_update", ema_update);
+  def(m, "queue_push", queue_push);
+  def(m, "similarity_lse_forward", similarity_lse_forward);
+  def(m, "similarity_lse_forward_with_mean", similarity_lse_forward_with_mean);
+  def(m, "similarity_lse_backward", similarity_lse_backward);
+  def(m, "self_similarity_lse_forward", self_similarity_lse_forward);
+  def(m, "self_similarity_lse_backward", self_similarity_lse_backward);
 }

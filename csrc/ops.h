@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "simd.h"
 
@@ -34,5 +35,80 @@ void cosine_backward(const float* grad,       // (N,)
                      void* grad_prediction,   // (N, D) or null
                      void* grad_target,       // (N, D) or null
                      int64_t n, int64_t d, float eps, int dtype, int threads);
+
+// ---- sinkhorn.cpp
+void sinkhorn_forward(const void* scores,  // (N, K)
+                      float* codes,        // (N, K)
+                      int64_t n, int64_t k, double epsilon, int64_t iterations, int dtype,
+                      int threads);
+
+// ---- soft_cross_entropy.cpp
+void soft_cross_entropy_forward(const void* logits,   // (N, K)
+                                const void* targets,  // (N, K)
+                                float scale,
+                                float* loss,  // (N,)
+                                float* lse,   // (N,)
+                                float* mass,  // (N,)
+                                int64_t n, int64_t k, int dtype, int target_dtype, int threads);
+void soft_cross_entropy_backward(const float* grad,    // (N,)
+                                 const void* logits,   // (N, K)
+                                 const void* targets,  // (N, K)
+                                 float scale,
+                                 const float* lse,   // (N,)
+                                 const float* mass,  // (N,)
+                                 void* grad_logits,  // (N, K)
+                                 float* grad_scale,  // ()
+                                 int64_t n, int64_t k, int dtype, int target_dtype, int threads);
+
+// ---- ema.cpp: one address, size and dtype per tensor
+void ema_update(const std::vector<int64_t>& targets, const std::vector<int64_t>& sources,
+                const std::vector<int64_t>& sizes, const std::vector<int>& target_dtypes,
+                const std::vector<int>& source_dtypes, double momentum, int threads);
+
+// ---- queue.cpp
+void queue_push(void* queue,       // (M, D)
+                int64_t* pointer,  // (1,)
+                const void* keys,  // (B, D)
+                int64_t m, int64_t b, int64_t d, int queue_dtype, int key_dtype, int threads);
+
+// ---- similarity_lse.cpp          scale: one float; ids: (N,), (M,) or null; any output may be null
+void similarity_lse_forward(const void* query,  // (N, D)
+                            const void* key,    // (M, D)
+                            const float* scale, const int64_t* query_ids, const int64_t* key_ids,
+                            float* row_lse,     // (N,)
+                            float* column_lse,  // (M,)
+                            int64_t n, int64_t m, int64_t d, bool normalize, int dtype, int threads);
+void similarity_lse_forward_with_mean(const void* query,  // (N, D)
+                                      const void* key,    // (M, D)
+                                      const float* scale, const int64_t* query_ids,
+                                      const int64_t* key_ids,
+                                      float* row_lse,   // (N,)
+                                      float* mean_key,  // (N, D)
+                                      int64_t n, int64_t m, int64_t d, bool normalize, int dtype,
+                                      int threads);
+void similarity_lse_backward(const float* grad_rows,     // (N,) or null, as row_lse
+                             const float* grad_columns,  // (M,) or null, as column_lse
+                             const void* query,          // (N, D)
+                             const void* key,            // (M, D)
+                             const float* scale, const int64_t* query_ids, const int64_t* key_ids,
+                             const float* row_lse, const float* column_lse,
+                             void* grad_query,   // (N, D)
+                             void* grad_key,     // (M, D)
+                             float* grad_scale,  // (1,)
+                             int64_t n, int64_t m, int64_t d, bool normalize, int dtype,
+                             int threads);
+
+// ---- self_similarity_lse.cpp
+void self_similarity_lse_forward(const void* z,  // (N, D)
+                                 const float* scale, const int64_t* ids,
+                                 float* lse,  // (N,)
+                                 int64_t n, int64_t d, bool normalize, int dtype, int threads);
+void self_similarity_lse_backward(const float* grad,  // (N,)
+                                  const void* z,      // (N, D)
+                                  const float* scale, const int64_t* ids,
+                                  const float* lse,   // (N,)
+                                  void* grad_z,       // (N, D)
+                                  float* grad_scale,  // (1,)
+                                  int64_t n, int64_t d, bool normalize, int dtype, int threads);
 
 }  // namespace fastcl

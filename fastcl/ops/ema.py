@@ -8,11 +8,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation
 from fastcl.ops._library import define
-from fastcl.reference import ema as Cpp
+from fastcl.reference import ema as reference
 
 WORD = "ema"
+
+
+class Cpp:
+    """Gathers the addresses and calls csrc/ema.cpp once for the list."""
+
+    @staticmethod
+    def update_(targets: list[Tensor], sources: list[Tensor], *, momentum: float) -> None:
+        pairs = []
+        for target, source in zip(targets, sources):
+            if kernel_takes(target, source):
+                pairs.append((target, source))
+            else:
+                reference.update_([target], [source], momentum=momentum)
+        _C.kernels.ema_update(
+            [target.data_ptr() for target, _ in pairs],
+            [source.data_ptr() for _, source in pairs],
+            [target.numel() for target, _ in pairs],
+            [DTYPE_CODES[target.dtype] for target, _ in pairs],
+            [DTYPE_CODES[source.dtype] for _, source in pairs],
+            *(momentum, torch.get_num_threads()),
+        )
+
+
+def kernel_takes(target: Tensor, source: Tensor) -> bool:
+    """Both in a storage type of the kernels and laid out alike, without gaps."""
+    if target.dtype not in DTYPE_CODES or source.dtype not in DTYPE_CODES:
+        return False
+    if target.is_contiguous() and source.is_contiguous():
+        return True
+    last = torch.channels_last
+    return (
+        target.dim() == 4
+        and target.is_contiguous(memory_format=last)
+        and source.is_contiguous(memory_format=last)
+    )
 
 
 def run(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:

@@ -5,13 +5,29 @@ Formula in fastcl/reference/sinkhorn.py.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import define, statistics_dtype
-from fastcl.reference import sinkhorn as Cpp
 
 WORD = "sinkhorn"
+
+
+class Cpp:
+    """Allocates the codes and calls csrc/sinkhorn.cpp."""
+
+    @staticmethod
+    def forward(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+        n, k = scores.shape
+        codes = torch.empty_like(scores, dtype=torch.float32)
+        _C.kernels.sinkhorn_forward(
+            pointer(scores),
+            pointer(codes),
+            *(n, k, epsilon, iterations, DTYPE_CODES[scores.dtype], torch.get_num_threads()),
+        )
+        return codes
 
 
 def run(scores: Tensor, epsilon: float, iterations: int) -> Tensor:

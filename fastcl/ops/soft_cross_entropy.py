@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import (
     contiguous,
     define,
@@ -17,9 +19,42 @@ from fastcl.ops._library import (
     refuse_second_derivative,
     statistics_dtype,
 )
-from fastcl.reference import soft_cross_entropy as Cpp
 
 WORD = "soft_cross_entropy"
+
+
+class Cpp:
+    """Allocates the outputs and calls csrc/soft_cross_entropy.cpp."""
+
+    @staticmethod
+    def forward(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, lse, mass = logits.new_empty((3, logits.shape[0]), dtype=torch.float32).unbind()
+        _C.kernels.soft_cross_entropy_forward(
+            pointer(logits),
+            pointer(targets),
+            scale.item(),
+            *(pointer(loss), pointer(lse), pointer(mass)),
+            *sizes_and_types(logits, targets),
+        )
+        return loss, lse, mass
+
+    @staticmethod
+    def backward(
+        grad: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, lse: Tensor, mass: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad_logits, grad_scale = torch.empty_like(logits), scale.new_empty((), dtype=torch.float32)
+        _C.kernels.soft_cross_entropy_backward(
+            *(pointer(grad), pointer(logits), pointer(targets)),
+            scale.item(),
+            *(pointer(lse), pointer(mass), pointer(grad_logits), pointer(grad_scale)),
+            *sizes_and_types(logits, targets),
+        )
+        return grad_logits, grad_scale
+
+
+def sizes_and_types(logits: Tensor, targets: Tensor) -> tuple[int, ...]:
+    n, k = logits.shape
+    return n, k, DTYPE_CODES[logits.dtype], DTYPE_CODES[targets.dtype], torch.get_num_threads()
 
 
 def run_forward(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,6 +88,16 @@ def _group(indices: list[int], targets: Sequence[Tensor], sources: Sequence[Tens
     return Group(first, torch.cat(pieces).to(targets[first].device), *units)
 
 
+def _laid_out_alike(target: Tensor, source: Tensor) -> bool:
+    """Without gaps and in the same order, so that element i in memory is the same element."""
+    formats = [torch.contiguous_format]
+    formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(target.dim(), [])
+    return any(
+        target.is_contiguous(memory_format=f) and source.is_contiguous(memory_format=f)
+        for f in formats
+    )
+
+
 _groups: dict[tuple[object, ...], list[Group]] = {}
 _captured: dict[tuple[object, ...], list[Group]] = {}  # read by CUDA graphs: never let go
 
@@ -128,7 +138,7 @@ def update_(targets: Sequence[Tensor], sources: Sequence[Tensor], *, momentum: f
     pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.numel()]
     for t, s in pairs:
         assert t.shape == s.shape and t.device == s.device == pairs[0][0].device
-        assert t.is_contiguous() and s.is_contiguous()
+        assert _laid_out_alike(t, s), (t.stride(), s.stride())
     if not pairs:
         return
     targets, sources = zip(*pairs)

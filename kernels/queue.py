@@ -65,6 +65,7 @@ def push_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     M, D = queue.shape
     B = keys.shape[0]
     assert M > 0 and keys.shape[1] == D, (queue.shape, keys.shape)
+    assert queue.is_contiguous() and keys.is_contiguous() and pointer.dtype == torch.int64
     if B == 0:
         return
     first = max(B - M, 0)

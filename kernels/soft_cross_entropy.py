@@ -116,10 +116,14 @@ def forward_kernel(
 @triton.jit
 def _store_rows(loss_ptr, lse_ptr, mass_ptr, n, N, m, l, c, mass):
     log_l = tl.log(l)
+    lse = m + log_l
+    # What rounding added to lse: 1e-3 where logits are near 25,000. It goes into the mass, so that
+    # backward's mass · exp(s − lse) still sums to the mass over k.
+    rounding = tl.where(l > 0.0, (lse - m) - log_l, 0.0)
     # A row without targets and without finite logits: 0 · −∞ must be 0.
     tl.store(loss_ptr + n, tl.where(mass == 0.0, 0.0, mass * log_l) - c, mask=n < N)
-    tl.store(lse_ptr + n, m + log_l, mask=n < N)
-    tl.store(mass_ptr + n, mass, mask=n < N)
+    tl.store(lse_ptr + n, lse, mask=n < N)
+    tl.store(mass_ptr + n, mass * tl.exp(rounding), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -220,7 +224,10 @@ def grid_of(n: int, k: int) -> Grid:
 
 
 def forward(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (N, K) and targets (N, K): loss, lse and mass, each (N,) float32; scale is ()."""
+    """Of logits (N, K) and targets (N, K): loss, lse and mass, each (N,) float32; scale is ().
+
+    The mass is for backward: it is multiplied by exp(lse as rounded − lse).
+    """
     configs.assert_supported(logits, targets)
     N, K = logits.shape
     grid = grid_of(N, K)

@@ -111,4 +111,27 @@ void self_similarity_lse_backward(const float* grad,  // (N,)
                                   float* grad_scale,  // (1,)
                                   int64_t n, int64_t d, bool normalize, int dtype, int threads);
 
+// ---- bank_scores.cpp
+void bank_scores_forward(const void* query,     // (N, D)
+                         const void* bank,      // (M, D)
+                         const int64_t* index,  // (N, K)
+                         const float* scale,    // ()
+                         float* scores,         // (N, K)
+                         int64_t n, int64_t k, int64_t d, int dtype, int bank_dtype, int threads);
+void bank_scores_backward(const float* grad,     // (N, K)
+                          const void* query,     // (N, D)
+                          const void* bank,      // (M, D)
+                          const int64_t* index,  // (N, K)
+                          const float* scale,    // ()
+                          void* grad_query,      // (N, D)
+                          float* grad_scale,     // ()
+                          int64_t n, int64_t k, int64_t d, int dtype, int bank_dtype, int threads);
+
+// ---- bank.cpp
+void bank_update(void* bank,            // (M, D)
+                 const int64_t* index,  // (B,)
+                 const void* features,  // (B, D)
+                 int64_t batch, int64_t d, double momentum, int bank_dtype, int dtype,
+                 int threads);
+
 }  // namespace fastcl

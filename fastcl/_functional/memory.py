@@ -95,6 +95,8 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
         raise ValueError("bank_update_: bank must be contiguous, as (M, D).")
     index = check.integers("bank_update_", "index", index, features.shape[0], bank.device)
     check.inside("bank_update_", index, bank.shape[0])
+    if features.dtype == torch.float64:
+        features = features.to(bank.dtype)
     if features.shape[0]:
         ops.bank_update_(bank.detach(), index, features.detach(), float(momentum))
 
@@ -121,6 +123,8 @@ def bank_scores(
         )
     index = index.long()
     check.inside("bank_scores", index, bank.shape[0])
+    if bank.dtype == torch.float64:
+        query = query.double()
     scores: Tensor = ops.bank_scores(query, bank.detach(), index, as_scale(scale, query))
     return scores
 

@@ -8,11 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import contiguous, define
-from fastcl.reference import bank as Cpp
 
 WORD = "bank"
+
+
+class Cpp:
+    """Calls csrc/bank.cpp."""
+
+    @staticmethod
+    def update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: float) -> None:
+        _C.kernels.bank_update(
+            *(pointer(bank), pointer(index), pointer(features)),
+            *(*features.shape, momentum, DTYPE_CODES[bank.dtype], DTYPE_CODES[features.dtype]),
+            torch.get_num_threads(),
+        )
 
 
 def run(bank: Tensor, index: Tensor, features: Tensor, momentum: float) -> None:

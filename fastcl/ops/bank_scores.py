@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import (
     contiguous,
     define,
@@ -17,9 +19,39 @@ from fastcl.ops._library import (
     refuse_second_derivative,
     statistics_dtype,
 )
-from fastcl.reference import bank_scores as Cpp
 
 WORD = "bank_scores"
+
+
+class Cpp:
+    """Allocates the outputs and calls csrc/bank_scores.cpp."""
+
+    @staticmethod
+    def forward(query: Tensor, bank: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+        scores = query.new_empty(index.shape, dtype=torch.float32)
+        _C.kernels.bank_scores_forward(
+            *(pointer(query), pointer(bank), pointer(index), pointer(scale), pointer(scores)),
+            *sizes_and_types(query, bank, index),
+        )
+        return scores
+
+    @staticmethod
+    def backward(
+        grad: Tensor, query: Tensor, bank: Tensor, index: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad_query, grad_scale = torch.empty_like(query), torch.empty_like(scale)
+        _C.kernels.bank_scores_backward(
+            *(pointer(grad), pointer(query), pointer(bank), pointer(index), pointer(scale)),
+            *(pointer(grad_query), pointer(grad_scale)),
+            *sizes_and_types(query, bank, index),
+        )
+        return grad_query, grad_scale
+
+
+def sizes_and_types(query: Tensor, bank: Tensor, index: Tensor) -> tuple[int, ...]:
+    n, d = query.shape
+    codes = DTYPE_CODES[query.dtype], DTYPE_CODES[bank.dtype]
+    return n, index.shape[1], d, *codes, torch.get_num_threads()
 
 
 def run_forward(query: Tensor, bank: Tensor, index: Tensor, scale: Tensor) -> Tensor:

@@ -37,6 +37,13 @@ def test_a_bank_in_half_precision_serves_float32_queries() -> None:
     torch.testing.assert_close(scores, F.bank_scores(query, bank.float(), index))
 
 
+def test_float64_on_either_side_is_served() -> None:
+    query, bank, index = torch.randn(3, 16), torch.randn(9, 16), torch.randint(9, (3, 4))
+    scores = F.bank_scores(query, bank, index)
+    for q, b in ((query.double(), bank), (query, bank.double())):
+        torch.testing.assert_close(F.bank_scores(q, b, index).float(), scores)
+
+
 @pytest.mark.parametrize("name", ["instdisc_nce_b8_d128_n200_k64"])
 def test_nce_over_a_bank_is_instdisc(golden, name: str) -> None:
     """Two steps: the partition from the first batch, the bank updated after scoring."""

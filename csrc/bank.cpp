@@ -1,0 +1,64 @@
+// Momentum update of rows of a memory bank.
+//
+//   bank[index_b] ← normalise(m · bank[index_b] + (1 − m) · x_b)
+//
+// Every row is made from the bank as it was; of equal indices the last one wins. Each row is read
+// and written once.
+// Plain version: fastcl/reference/bank.py. Triton twin: kernels/bank.py.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "ops.h"
+
+namespace fastcl {
+namespace {
+
+constexpr float NORM_FLOOR = 1e-12f;
+
+// The places in the batch that are the last with their index, in order of the index.
+std::vector<int64_t> last_places(const int64_t* index, int64_t batch) {
+  std::vector<int64_t> places(static_cast<size_t>(batch));
+  std::iota(places.begin(), places.end(), 0);
+  std::stable_sort(places.begin(), places.end(),
+                   [&](int64_t a, int64_t b) { return index[a] < index[b]; });
+  size_t kept = 0;
+  for (size_t i = 0; i < places.size(); ++i)
+    if (i + 1 == places.size() || index[places[i]] != index[places[i + 1]])
+      places[kept++] = places[i];
+  places.resize(kept);
+  return places;
+}
+
+template <class B, class X>
+void update_row(B* row, const X* x, int64_t d, double momentum) {
+  const F m = broadcast(float(momentum)), rest = broadcast(float(1 - momentum));
+  const auto moved = [&](int64_t j) {
+    return fma(load(row + j, d - j), m, load(x + j, d - j) * rest);
+  };
+  F squares{};
+  for (int64_t j = 0; j < d; j += LANES) squares = fma(moved(j), moved(j), squares);
+  const F inverse = broadcast(1 / std::fmax(std::sqrt(sum(squares)), NORM_FLOOR));
+  for (int64_t j = 0; j < d; j += LANES) store(row + j, moved(j) * inverse, d - j);
+}
+
+}  // namespace
+
+void bank_update(void* bank, const int64_t* index, const void* features, int64_t batch, int64_t d,
+                 double momentum, int bank_dtype, int dtype, int threads) {
+  const std::vector<int64_t> places = last_places(index, batch);
+  const int64_t count = int64_t(places.size());
+  with_type(bank_dtype, [&](auto* bank_type) {
+    with_type(dtype, [&](auto* type) {
+      auto* rows = static_cast<decltype(bank_type)>(bank);
+      const auto* x = static_cast<decltype(type)>(const_cast<void*>(features));
+#pragma omp parallel for num_threads(threads) schedule(static) if (count * d > 16384)
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t b = places[size_t(i)];
+        update_row(rows + index[b] * d, x + b * d, d, momentum);
+      }
+    });
+  });
+}
+
+}  // namespace fastcl

@@ -35,7 +35,7 @@ class Config(NamedTuple):
 
 # Forward: 16 values of each input a thread, that is two to four 128-bit loads in flight for each;
 # short rows share a program. Longer rows are looped over.
-FORWARD = {d: Config(2048 // d, d, 4) for d in (64, 128, 256, 512, 1024, 2048)}
+FORWARD = {d: Config(2048 // d, d, 4) for d in (128, 256, 512, 1024, 2048)}
 # Backward keeps whole rows in registers, so that they are read once; 8,192 features fill 16 warps.
 BACKWARD = {**FORWARD, 4096: Config(1, 4096, 8), 8192: Config(1, 8192, 16)}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastcl.kernels import configs
 
 # 2,048 elements a program, rows of up to 2,048 whole: one to four 128-bit loads a thread.
-BLOCKS = {d: (2048 // d, d) for d in (64, 128, 256, 512, 1024, 2048)}
+BLOCKS = {d: (2048 // d, d) for d in (128, 256, 512, 1024, 2048)}
 
 
 @triton.jit

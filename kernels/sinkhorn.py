@@ -46,7 +46,7 @@ class Config(NamedTuple):
 # thread (SwAV's 3,000 prototypes: two blocks on a multiprocessor). The more rows a tile has, the
 # fewer exponentials rescale the columns: 2 + 1/rows for each score.
 SWEEP = {
-    **{k: Config(4096 // k, k, 4) for k in (64, 128, 256, 512)},
+    **{k: Config(4096 // k, k, 4) for k in (128, 256, 512)},
     1024: Config(2, 1024, 4),
     2048: Config(4, 2048, 8),
     4096: Config(2, 4096, 8),
@@ -54,7 +54,7 @@ SWEEP = {
 }
 LONGEST = max(SWEEP)
 # Columns alone: the first sweep, and rows beyond LONGEST.
-COLUMNS = {k: Config(4096 // k, k, 4) for k in (64, 128, 256, 512, 1024)}
+COLUMNS = {k: Config(4096 // k, k, 4) for k in (128, 256, 512, 1024)}
 LONG_ROW = Config(1, 4096, 8)
 FINISH_PARTS, FINISH_BLOCK_K = 32, 64
 WARPS_PER_MULTIPROCESSOR = 16  # that the sweep's registers leave room for

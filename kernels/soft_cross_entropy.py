@@ -43,7 +43,7 @@ class Config(NamedTuple):
 
 # 16 values of each input a thread: two to four 128-bit loads in flight for each. Short rows share a
 # program, long rows are looped over.
-CONFIGS = {k: Config(2048 // k, k, 4) for k in (64, 128, 256, 512, 1024, 2048)}
+CONFIGS = {k: Config(2048 // k, k, 4) for k in (128, 256, 512, 1024, 2048)}
 # Rows are split until there are this many programs: 16 rows of 65,536 become 512 programs, which
 # keep 4 blocks on each of 132 multiprocessors. A constant, so that every GPU returns the same bits.
 PROGRAMS = 1024

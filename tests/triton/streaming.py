@@ -88,7 +88,7 @@ def check_cosine(p, t, eps=1e-8):
 
 
 def check_cosine_below_eps(device):
-    """Zero rows, rows whose norm is below ε, aligned and opposite rows; gradient without projection."""
+    """Zero rows, rows whose norm is below ε (no projection), aligned and opposite rows."""
     p, t = randn(8, 24, device=device), randn(8, 24, seed=1, device=device)
     p[0] = 0
     t[1] = 0
@@ -203,9 +203,18 @@ def check_sinkhorn(scores, epsilon, iterations=3, slack=4e-6):
     assert_near(codes, truth, slack, plain)
 
 
+SWAV_CODES = (
+    "b48_k300",
+    "collapsed_b16_k100",
+    "iter1_b33_k100",
+    "large_b29_k300",
+    "underflow_b21_k96",
+)
+
+
 def check_sinkhorn_golden(device):
     """SwAV's codes, also where its own float32 code returns NaN."""
-    for name in ("b48_k300", "collapsed_b16_k100", "iter1_b33_k100", "large_b29_k300", "underflow_b21_k96"):  # fmt: skip
+    for name in SWAV_CODES:
         data = golden(f"swav_sinkhorn_{name}")
         codes = sinkhorn.forward(
             data["scores"].to(device), epsilon=data["eps"].item(), iterations=int(data["iters"])

@@ -3,11 +3,16 @@
 Every instruction set becomes a module of its own, fastcl._C.<isa>, so that no inline function
 compiled for a wide machine can be linked into code that runs on a narrow one. fastcl._C chooses
 at import. Without a compiler the install succeeds, and fastcl._C says what was missing.
+
+CXX                         the compiler; else g++, else clang++
+FASTCL_BUILD_ISAS           comma-separated names from ISAS, to build fewer (baseline always)
+FASTCL_REQUIRE_COMPILER=1   fail instead of installing without the kernels
 """
 
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +40,8 @@ COMPILE = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 ]
 
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
 NINJA = """\
 rule compile
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
@@ -46,11 +53,36 @@ rule link
 
 
 def find_compiler() -> str:
-    """The first C++ compiler that runs: $CXX, g++, clang++."""
+    """The first C++ compiler on PATH: $CXX, g++, clang++."""
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
-        if shutil.which(name.split()[0]):
+        if shutil.which(shlex.split(name)[0]):
             return name
     raise RuntimeError("no C++ compiler found (looked for $CXX, g++ and clang++)")
+
+
+def python_headers() -> str:
+    """The folder of Python.h, which some distributions package apart from Python."""
+    folder = sysconfig.get_paths()["include"]
+    if not Path(folder, "Python.h").exists():
+        raise RuntimeError(f"Python.h is not in {folder} (on Debian: apt-get install python3-dev)")
+    return folder
+
+
+def wanted_isas() -> dict[str, list[str]]:
+    """ISAS, or the ones that FASTCL_BUILD_ISAS names."""
+    names = os.environ.get("FASTCL_BUILD_ISAS")
+    if names is None:
+        return ISAS
+    wanted = {"baseline", *filter(None, names.split(","))}
+    if unknown := sorted(wanted - ISAS.keys()):
+        raise SystemExit(f"FASTCL_BUILD_ISAS: unknown {unknown[0]!r}; one of {', '.join(ISAS)}.")
+    return {isa: flags for isa, flags in ISAS.items() if isa in wanted}
+
+
+def accepts(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler knows these flags; older ones lack the newest instruction sets."""
+    probe = [*shlex.split(compiler), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(probe, capture_output=True).returncode == 0
 
 
 def ninja_executable() -> str:
@@ -67,24 +99,32 @@ def ninja_executable() -> str:
 
 
 def escape(text: str) -> str:
-    """A path or a flag as ninja wants it."""
+    """A path as ninja wants it."""
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 class BuildKernels(build_ext):
     """Writes one build.ninja for all instruction sets and runs it."""
 
+    isas: dict[str, list[str]] = {}  # what was built
+
     def run(self) -> None:
+        wanted = wanted_isas()
         try:
             compiler = find_compiler()
+            self.isas = {isa: flags for isa, flags in wanted.items() if accepts(compiler, flags)}
             self.compile_with(compiler)
-            record = {"compiler": self.version_of(compiler), "isas": list(ISAS)}
-        except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
+            record = {"compiler": version_of(compiler), "isas": list(self.isas)}
+        except (RuntimeError, ImportError, OSError) as error:
             if os.environ.get("FASTCL_REQUIRE_COMPILER") == "1":
-                raise
+                raise SystemExit(f"fastcl: the C++ kernels were not built: {error}") from None
+            self.isas = {}
             record = {"compiler": None, "isas": [], "error": str(error)}
             print(f"fastcl: the C++ kernels were not built: {error}", file=sys.stderr)
-        (self.target("_build.json")).write_text(json.dumps(record) + "\n")
+        if not self.inplace:  # what an earlier build left there would go into the wheel
+            for module in set(self.target("").glob(f"*{SUFFIX}")) - set(self.modules()):
+                module.unlink()
+        self.target("_build.json").write_text(json.dumps(record) + "\n")
 
     def target(self, name: str) -> Path:
         """Where a file of fastcl/_C goes: the source tree when in place, else the build tree."""
@@ -92,20 +132,21 @@ class BuildKernels(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         return folder.resolve() / name
 
-    def version_of(self, compiler: str) -> str:
-        out = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True)
-        return out.stdout.splitlines()[0]
+    def modules(self) -> list[Path]:
+        return [self.target(isa + SUFFIX) for isa in self.isas]
 
     def compile_with(self, compiler: str) -> None:
         import pybind11
 
-        build = Path(self.build_temp).resolve()
+        # pip gives an editable install a new temporary folder each time; a lasting one lets ninja
+        # compile only what changed.
+        lasting = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+        build = lasting if self.inplace else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        includes = [sysconfig.get_paths()["include"], pybind11.get_include()]
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        includes = [python_headers(), pybind11.get_include()]
         common = [*COMPILE, *(f"-isystem{path}" for path in includes)]
         lines = [NINJA]
-        for isa, flags in ISAS.items():
+        for (isa, flags), module in zip(self.isas.items(), self.modules()):
             objects = []
             for source in sorted((ROOT / "csrc").glob("*.cpp")):
                 out = f"{isa}/{source.stem}.o"
@@ -115,17 +156,32 @@ class BuildKernels(build_ext):
                 lines.append(f"build {out}: compile {escape(str(source))}")
                 lines.append("  flags = " + " ".join(map(escape_flag, [*common, *own])))
                 objects.append(out)
-            module = escape(str(self.target(isa + suffix)))
-            lines.append(f"build {module}: link {' '.join(objects)}")
+            lines.append(f"build {escape(str(module))}: link {' '.join(objects)}")
         (build / "build.ninja").write_text(f"cxx = {compiler}\n" + "\n".join(lines) + "\n")
-        subprocess.run([ninja_executable(), "-C", str(build)], check=True)
+        ninja = subprocess.run(
+            [ninja_executable(), "-C", str(build)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        print(ninja.stdout, end="", flush=True)
+        if ninja.returncode != 0:
+            errors = [line for line in ninja.stdout.splitlines() if "error: " in line]
+            reason = errors[0] if errors else "its messages are shown by pip install -v"
+            raise RuntimeError(f"{compiler} failed: {reason}")
 
     def get_outputs(self) -> list[str]:
-        return [str(self.target(isa + sysconfig.get_config_var("EXT_SUFFIX"))) for isa in ISAS]
+        return [str(module) for module in self.modules()]
+
+
+def version_of(compiler: str) -> str:
+    asked = [*shlex.split(compiler), "--version"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()[0]
 
 
 def escape_flag(flag: str) -> str:
-    return flag.replace("$", "$$")
+    """A flag as the shell wants it, in ninja's file."""
+    return shlex.quote(flag).replace("$", "$$")
 
 
 setup(

@@ -1,0 +1,96 @@
+# Set-up and daily commands; `make` lists them. Each command prepares what it needs by itself:
+# .venv, the packages of every extra and the compiled kernels, and none of them twice.
+
+PYTHON ?= python3
+METHOD ?= swav
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+INSTALLED := $(VENV)/.fastcl-installed
+TTSEM := $(VENV)/.fastcl-ttsem
+KERNELS := fastcl/_C/_build.json
+EXTRAS := train,test,bench,dev
+# pyproject.toml's build-system.requires, in the environment itself: ninja then compiles only what
+# changed, where an isolated build would start anew.
+BUILD_REQUIRES := "setuptools>=77" wheel "pybind11>=2.12" ninja
+
+.DEFAULT_GOAL := help
+.PHONY: help train test bench lint format build wheel clean
+
+help:
+	@echo "make train   train a method on the embedded images: METHOD=$(METHOD), more flags in ARGS=\"--epochs 5\""
+	@echo "make test    every test; pytest's flags in ARGS=\"-k sinkhorn\""
+	@echo "make bench   the operations against plain PyTorch and torch.compile; flags in ARGS"
+	@echo "make lint    ruff, mypy and clang-format, changing nothing"
+	@echo "make format  ruff and clang-format, in place"
+	@echo "make build   compile csrc/ into fastcl/_C"
+	@echo "make wheel   dist/fastcl-*.whl"
+	@echo "make clean   remove what was built; .venv stays"
+	@echo "PYTHON=python3.12 chooses the interpreter of .venv, CXX=clang++ the compiler."
+
+train: $(INSTALLED) $(KERNELS)
+	$(PY) -m fastcl.train --method $(METHOD) $(ARGS)
+
+test: $(INSTALLED) $(KERNELS) $(TTSEM)
+	$(PY) tests/run_all.py $(ARGS)
+
+bench: $(INSTALLED) $(KERNELS)
+	$(PY) -m bench $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h
+
+build: $(INSTALLED) $(KERNELS)
+
+wheel: $(INSTALLED)
+	$(PIP) wheel --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -f fastcl/_C/*.so $(KERNELS)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# ---- set-up ------------------------------------------------------------------------------------
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "fastcl: no $(PYTHON) found; install Python 3.10 or newer, or give one: PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "fastcl: needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Give another: PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "fastcl: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+.PHONY: compiler
+compiler: | $(PY)
+	@command -v "$${CXX%% *}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	    { echo "fastcl: no C++ compiler found; install g++ or clang++ (on Debian: apt-get install g++), or give one: CXX=/path/to/g++" >&2; exit 1; }
+	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
+	    { echo "fastcl: Python.h is missing; on Debian: apt-get install python3-dev" >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml setup.py | $(PY) compiler
+	@echo "Installing fastcl[$(EXTRAS)] into $(VENV): the first time some minutes, most of them torch's"
+	$(PIP) install $(BUILD_REQUIRES)
+	FASTCL_REQUIRE_COMPILER=1 $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(KERNELS): setup.py $(wildcard csrc/*) | $(INSTALLED) compiler
+	@echo "Compiling csrc/"
+	@FASTCL_REQUIRE_COMPILER=1 $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# Runs the Triton kernels without a GPU. Its tests are skipped, saying so, where it cannot be had.
+$(TTSEM): | $(INSTALLED)
+	@if $(PIP) install --no-deps --ignore-requires-python ttsem==0.1.0; then touch $@; \
+	    else echo "fastcl: ttsem could not be installed; tests/triton/gpu needs a GPU then"; fi

@@ -1,0 +1,355 @@
+"""Measures one workload: correctness first, then time, then memory.
+
+    correctness  value and gradients against the plain expression in float64 on the same inputs;
+                 a provider that is wrong gets no time
+    time         providers take turns within each repeat, in one process, so that what disturbs the
+                 machine disturbs all; the first call is left out, and so is compilation
+    memory       each provider in a process of its own: what one call adds to the resident memory at
+                 its peak, results included (on a GPU: torch's own peak counter)
+
+A result is a dict that goes into the JSON file as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import machine
+from bench.workloads import (
+    WORKLOADS,
+    Function,
+    Inputs,
+    New,
+    Sizes,
+    Workload,
+    bytes_of,
+    function_of,
+)
+
+Step = Callable[[], dict[str, Tensor]]
+
+# Largest deviation that is not "wrong", as a fraction of the truth's largest entry. In half
+# precision the plain expression rounds the logits themselves.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+LARGEST_TRUTH = 6 << 30  # bytes for the float64 expression; above that the small size is checked
+SHORTEST_SAMPLE = 5e-3  # seconds; faster calls are made several times
+FEWEST_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    threads: int = 1
+    repeats: int = 9
+    seconds: float = 6.0  # of samples per provider and workload, but at least FEWEST_REPEATS
+    memory: bool = True
+
+
+def measure(
+    workload: Workload, sizes: Sizes, providers: list[str], settings: Settings
+) -> list[dict[str, Any]]:
+    """One result for each provider."""
+    torch._dynamo.reset()
+    results = [begin(workload, sizes, provider, settings) for provider in providers]
+    runners = []
+    inputs = make_inputs(workload, sizes, settings)
+    for result in results:
+        if "status" in result:
+            continue
+        step = checked(workload, sizes, result, inputs, settings)
+        if step is not None:
+            runners.append((result, step))
+    for result, samples in zip([r for r, _ in runners], take_turns(runners, settings)):
+        result["seconds"] = summary(samples)
+    runners.clear()
+    if settings.memory:
+        for result in results:
+            if result["status"] == "ok":
+                result["peak_bytes"] = peak_bytes(workload, sizes, result["provider"], settings)
+    return results
+
+
+def begin(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -> dict[str, Any]:
+    """The result so far: what is measured, and whether it can be at all."""
+    itemsize = settings.dtype.itemsize
+    amount, unit = workload.work(itemsize, **sizes)
+    peer = workload.peers.get(provider)
+    result: dict[str, Any] = {
+        "workload": workload.name,
+        "sizes": sizes,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "device": settings.device,
+        "provider": provider,
+        "version": machine.version(provider),
+        "note": peer.note if peer else "",
+        "work": {"amount": amount, "unit": unit},
+    }
+    needed = bytes_of(workload, provider, sizes, itemsize)
+    if result["version"] is None:
+        result["status"] = "not installed"
+    elif needed > free_bytes(settings.device) / 2:
+        result["status"] = "does not fit"
+        result["note"] = f"asks for about {needed / 2**30:.0f} GiB"
+    return result
+
+
+def free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return machine.available_bytes()
+
+
+# ---- a call --------------------------------------------------------------------------------------
+
+
+def make_inputs(workload: Workload, sizes: Sizes, settings: Settings) -> Inputs:
+    return workload.inputs(New(settings.dtype, settings.device), **sizes)
+
+
+def copied(x: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of a tensor or a list of them; floating-point ones in another dtype."""
+    if isinstance(x, list):
+        return [copied(t, dtype) for t in x]
+    return x.detach().clone().to(dtype if dtype and x.is_floating_point() else x.dtype)
+
+
+def step_of(
+    workload: Workload, function: Function, inputs: Inputs, dtype: torch.dtype | None = None
+) -> Step:
+    """One call on its own copy of the inputs: the value and the gradients, or what it changed."""
+    own = {name: copied(x, dtype) for name, x in inputs.items()}
+    leaves = [own[name].requires_grad_() for name in workload.gradients]
+    changed = [own[name] for name in workload.mutates]
+
+    def step() -> dict[str, Tensor]:
+        value = function(*own.values())
+        if leaves:
+            gradients = torch.autograd.grad(value, leaves)
+            return {"value": value.detach(), **dict(zip(workload.gradients, gradients))}
+        if changed:
+            return {name: flat(x) for name, x in zip(workload.mutates, changed)}
+        return {"value": value}
+
+    return step
+
+
+def flat(x: Any) -> Any:
+    return x if isinstance(x, Tensor) else FlatList(x)
+
+
+class FlatList(list):  # type: ignore[type-arg]
+    """A list of tensors that is compared as one vector, and costs nothing until then."""
+
+    def double(self) -> Tensor:
+        return torch.cat([t.double().flatten() for t in self])
+
+
+# ---- correctness ---------------------------------------------------------------------------------
+
+
+def checked(
+    workload: Workload, sizes: Sizes, result: dict[str, Any], inputs: Inputs, settings: Settings
+) -> Step | None:
+    """The provider's step after its first call, or None: then `status` says why."""
+    provider = result["provider"]
+    at, at_inputs = sizes, inputs
+    if bytes_of(workload, "torch", sizes, 8) > LARGEST_TRUTH:
+        at, at_inputs = workload.small, make_inputs(workload, workload.small, settings)
+        result["checked_at"] = at
+    try:
+        check = step_of(workload, function_of(workload, provider, at), at_inputs)
+        result["errors"] = errors(check(), truth(workload, at_inputs))
+        if not all(e <= TOLERANCE[settings.dtype] for e in result["errors"].values()):
+            result["status"] = "wrong"  # NaN included
+            return None
+        step = check
+        if at is not sizes:
+            torch._dynamo.reset()  # or it compiles for any size, having seen a second one
+            step = step_of(workload, function_of(workload, provider, sizes), inputs)
+            step()
+    except Exception as error:  # a row of the table, whatever another library raises
+        message = str(error).splitlines() or [""]
+        result["status"], result["note"] = "failed", f"{type(error).__name__}: {message[0]}"
+        return None
+    result["status"] = "ok"
+    return step
+
+
+def truth(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
+    """The plain expression in float64; kept for the providers that follow on the same inputs."""
+    if truth_of.get("inputs") is not inputs:
+        truth_of.clear()
+        step = step_of(workload, workload.plain, inputs, torch.float64)
+        truth_of.update(inputs=inputs, truth=step())
+    return truth_of["truth"]
+
+
+truth_of: dict[str, Any] = {}
+
+
+def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The largest deviation of each result, as a fraction of its largest entry."""
+    deviations = {}
+    for name, exact in expected.items():
+        exact = exact.double()
+        scale = exact.abs().max().clamp_min(1e-300)
+        deviation = (actual[name].double().reshape(exact.shape) - exact).abs().max() / scale
+        deviations[name] = float(deviation)
+    return deviations
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def take_turns(
+    runners: list[tuple[dict[str, Any], Step]], settings: Settings
+) -> list[list[float]]:
+    """Samples of each provider. Slow ones sit out the later repeats, but nobody the first three."""
+    samples: list[list[float]] = [[] for _ in runners]
+    loops, repeats = [], []
+    for _, step in runners:
+        step()  # the second call: torch.compile may compile again when a number has changed
+        once = machine.seconds(step, 1, settings.device)
+        loops.append(max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
+        affordable = int(settings.seconds / (once * loops[-1]))
+        repeats.append(max(min(FEWEST_REPEATS, settings.repeats), affordable))
+    gc.collect()
+    gc.disable()
+    try:
+        for repeat in range(settings.repeats):
+            for turn in range(len(runners)):
+                i = (turn + repeat) % len(runners)  # nobody always follows the same one
+                if repeat < repeats[i]:
+                    step = runners[i][1]
+                    samples[i].append(machine.seconds(step, loops[i], settings.device))
+    finally:
+        gc.enable()
+    return samples
+
+
+def summary(samples: list[float]) -> dict[str, Any]:
+    """Median and spread in seconds, and the samples themselves."""
+    ordered = sorted(samples)
+    lower, _, upper = statistics.quantiles(ordered, n=4, method="inclusive") if (
+        len(ordered) > 1
+    ) else ordered * 3
+    return {
+        "median": statistics.median(ordered),
+        "min": ordered[0],
+        "lower_quartile": lower,
+        "upper_quartile": upper,
+        "samples": samples,
+    }
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def peak_bytes(
+    workload: Workload, sizes: Sizes, provider: str, settings: Settings
+) -> int | None:
+    """What one call adds to memory at its peak; None where that cannot be told."""
+    if settings.device.startswith("cuda"):
+        return peak_on_gpu(workload, sizes, provider, settings)
+    context = get_context("forkserver")  # a fresh process that has torch imported, no threads yet
+    context.set_forkserver_preload(["torch", "fastcl.functional"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(peak_in_this_process, workload.name, sizes, provider, settings).result()
+
+
+def peak_in_this_process(
+    name: str, sizes: Sizes, provider: str, settings: Settings
+) -> int | None:
+    """Peak of the resident memory during one call, above what it was before."""
+    torch.set_num_threads(settings.threads)
+    workload = WORKLOADS[name]
+    # Threads, library handles and imports are paid on the small size. Compilation needs this one;
+    # what a library keeps between calls counts for it.
+    warm = sizes if provider == "compile" else workload.small
+    step_of(workload, function_of(workload, provider, warm), make_inputs(workload, warm, settings))()
+    step = step_of(
+        workload, function_of(workload, provider, sizes), make_inputs(workload, sizes, settings)
+    )
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+    if not reset_peak():
+        return None
+    before = status_bytes("VmRSS")
+    kept = step()
+    peak = status_bytes("VmHWM")
+    del kept
+    return max(0, peak - before)
+
+
+def reset_peak() -> bool:
+    """Sets VmHWM back to the memory in use; False where the kernel does not offer it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_on_gpu(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -> int:
+    step = step_of(
+        workload, function_of(workload, provider, sizes), make_inputs(workload, sizes, settings)
+    )
+    step()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = step()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+# ---- the machine's limit -------------------------------------------------------------------------
+
+
+def limit_rates(workload: Workload, sizes: Sizes, settings: Settings) -> dict[str, float]:
+    """What the machine does at best of the workload's kind of work: amount per second, by how."""
+    work = workload.work(settings.dtype.itemsize, **sizes)
+    if work.unit == "flop":
+        return machine.multiply_add_rates(settings.dtype, settings.device)
+    inputs = make_inputs(workload, sizes, settings)
+    tensors = [t for x in inputs.values() for t in (x if isinstance(x, list) else [x])]
+    tensors += [inputs[name] for name in workload.gradients]  # as large as their inputs
+    touched = min(work.amount, sum(t.numel() * t.itemsize for t in tensors))
+    return machine.byte_rates(int(touched), settings.device)
+
+
+def set_fractions(results: list[dict[str, Any]], rates: dict[str, float]) -> None:
+    """Fraction of the best rate: counted work / time / limit."""
+    how = max(rates, key=rates.__getitem__)
+    limit = rates[how]
+    for result in results:
+        result["limit"] = {"per_second": limit, "measured_by": how, "all": rates}
+        if "seconds" in result:
+            amount = result["work"]["amount"]
+            result["fraction_of_limit"] = amount / result["seconds"]["median"] / limit

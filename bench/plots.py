@@ -1,0 +1,175 @@
+"""The pictures: time and memory against the rows, and the fraction of the machine's limit."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from bench import report
+from bench.workloads import PROVIDERS, WORKLOADS
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, and a marker for those who print.
+STYLE = {
+    "fastcl": ("#d55e00", "o"),
+    "torch": ("#0072b2", "s"),
+    "compile": ("#56b4e9", "^"),
+    "builtin": ("#009e73", "v"),
+    "lightly": ("#cc79a7", "D"),
+    "pytorch-metric-learning": ("#e69f00", "P"),
+    "open_clip": ("#8c6d31", "X"),
+    "info-nce-pytorch": ("#666666", "<"),
+    "solo-learn": ("#000000", ">"),
+}
+assert STYLE.keys() == PROVIDERS.keys()
+
+RANK = {provider: i for i, provider in enumerate(STYLE)}
+
+
+def draw(results: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Every picture that the results have data for. Returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    timed = [r for r in results if "seconds" in r]
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "savefig.dpi": 160,
+        }
+    )
+    paths = []
+    for name, group in groupby(sorted(timed, key=lambda r: r["workload"]), lambda r: r["workload"]):
+        of_one = list(group)
+        axis = WORKLOADS[name].scaling
+        if axis and len({r["sizes"][axis] for r in of_one}) > 1:
+            paths.append(save(scaling(of_one, axis), folder / f"scaling_{name}.png"))
+    at_one_size = largest(timed)
+    if at_one_size:
+        paths.append(save(fractions(at_one_size), folder / "fraction_of_limit.png"))
+    return paths
+
+
+def save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def largest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each workload the largest case: a --scaling run counts once."""
+    most: dict[str, tuple[float, Any]] = {}
+    for r in results:
+        case = (r["work"]["amount"], report.key(r))
+        most[r["workload"]] = max(most.get(r["workload"], case), case, key=lambda c: c[0])
+    return [r for r in results if report.key(r) == most[r["workload"]][1]]
+
+
+# ---- time and memory against the rows ------------------------------------------------------------
+
+
+def scaling(results: list[dict[str, Any]], axis: str) -> Figure:
+    """Two log-log panels: milliseconds and MiB against the size that varied."""
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    sizes = sorted({r["sizes"][axis] for r in results})
+    providers = sorted({r["provider"] for r in results}, key=RANK.__getitem__)
+    for provider in providers:
+        colour, marker = STYLE[provider]
+        own = sorted((r for r in results if r["provider"] == provider), key=lambda r: r["sizes"][axis])
+        front = {"zorder": 3, "linewidth": 2.2} if provider == "fastcl" else {"linewidth": 1.3}
+        line = {"color": colour, "marker": marker, "markersize": 5, "label": provider, **front}
+        x = [r["sizes"][axis] for r in own]
+        time.plot(x, [1e3 * r["seconds"]["median"] for r in own], **line)
+        time.fill_between(
+            x,
+            [1e3 * r["seconds"]["lower_quartile"] for r in own],
+            [1e3 * r["seconds"]["upper_quartile"] for r in own],
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
+        measured = [r for r in own if r.get("peak_bytes")]
+        memory.plot(
+            [r["sizes"][axis] for r in measured],
+            [r["peak_bytes"] / 2**20 for r in measured],
+            **line,
+        )
+    fixed = {k: v for k, v in results[0]["sizes"].items() if k != axis}
+    about = ", ".join(f"{k} = {v:,}" for k, v in fixed.items())
+    figure.suptitle(
+        f"{results[0]['workload']}: {WORKLOADS[results[0]['workload']].what} "
+        f"({about}, {results[0]['dtype']}, {results[0]['device']})",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+    for panel, title, unit in ((time, "Time of a call", "ms"), (memory, "Peak memory of a call", "MiB")):
+        logarithmic(panel, sizes, axis)
+        panel.set_title(title)
+        panel.set_ylabel(unit)
+    handles, labels = time.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    return figure
+
+
+def logarithmic(panel: Axes, sizes: list[int], axis: str) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.xaxis.set_major_locator(FixedLocator(sizes))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{int(x):,}"))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
+    if len(sizes) > 6:
+        panel.tick_params(axis="x", rotation=30)
+    panel.set_xlabel(axis)
+    panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    panel.set_axisbelow(True)
+
+
+# ---- fraction of the limit -----------------------------------------------------------------------
+
+
+def fractions(results: list[dict[str, Any]]) -> Figure:
+    """One line a workload, one mark a provider, from 0 to what the machine can do."""
+    names = [name for name in WORKLOADS if any(r["workload"] == name for r in results)]
+    figure, panel = plt.subplots(figsize=(8.5, 1.5 + 0.46 * len(names)), layout="constrained")
+    for y, name in enumerate(names):
+        own = [r for r in results if r["workload"] == name]
+        shares = [100 * r["fraction_of_limit"] for r in own]
+        panel.plot([min(shares), max(shares)], [y, y], color="#cccccc", linewidth=1.5, zorder=1)
+        for r, share in sorted(zip(own, shares), key=lambda pair: -RANK[pair[0]["provider"]]):
+            colour, marker = STYLE[r["provider"]]
+            panel.scatter(share, y, s=60, color=colour, marker=marker, zorder=3, linewidths=0)
+    panel.axvline(100, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    units = {r["workload"]: r["work"]["unit"] for r in results}
+    kind = {"flop": "multiply-adds", "byte": "memory traffic"}
+    panel.set_yticks(range(len(names)), [f"{name}\n{kind[units[name]]}" for name in names])
+    for label in panel.get_yticklabels():
+        label.set_fontsize(8.5)
+    panel.invert_yaxis()
+    panel.set_ylim(len(names) - 0.5, -0.6)
+    top = max(100.0, *(100 * r["fraction_of_limit"] for r in results))
+    panel.set_xlim(0, 1.05 * top)
+    panel.set_xlabel("least work / time / what the machine does at best, %")
+    panel.set_title(f"Fraction of the machine's limit ({results[0]['dtype']}, {results[0]['device']})")
+    panel.grid(True, axis="x", color="#dddddd", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.tick_params(axis="y", length=0)
+    providers = sorted({r["provider"] for r in results}, key=RANK.__getitem__)
+    handles = [
+        plt.Line2D([], [], color=STYLE[p][0], marker=STYLE[p][1], linestyle="", label=p)
+        for p in providers
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(providers), 5))
+    return figure

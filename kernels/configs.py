@@ -23,8 +23,58 @@ from triton import knobs
 
 Row = dict[str, Any]
 Target = int | str  # 90 for sm_90, "gfx942" for AMD
+Table = dict[tuple[str, Target, int, int], Row]
 
-TABLE: dict[tuple[str, Target, int, int], Row] = {}
+LARGE = 1 << 30  # the bucket of every D above the others: the kernel goes through D in blocks
+
+
+def _rows(kernel: str, arch: Target, size: int, columns: str, *values: tuple[int, ...]) -> Table:
+    """Rows as a table: `columns` names what stands under each other in `values`, bucket first."""
+    names = columns.split()[1:]
+    return {
+        (kernel, arch, bucket, size): {**dict(zip(names, rest)), "measured": False}
+        for bucket, *rest in values
+    }
+
+
+LSE = "bucket BLOCK_N BLOCK_M BLOCK_D num_warps num_stages"
+SUM = "bucket BLOCK_X BLOCK_Y BLOCK_D BLOCK_V num_warps num_stages"
+
+# Forward: at least two blocks on a multiprocessor, because only another block's products overlap
+# with a block's exponentials; then as many rows kept as that allows.
+# Sums: the accumulator (BLOCK_X, BLOCK_V) and the scores (BLOCK_X, BLOCK_Y) share the registers.
+TABLE: Table = {}
+for _arch in (80, 86):
+    TABLE |= _rows("similarity_rows", _arch, 2, LSE,
+        (128, 128, 64, 128, 8, 2), (256, 64, 64, 256, 4, 2), (LARGE, 128, 64, 64, 8, 2))  # fmt: skip
+    TABLE |= _rows("similarity_pairs", _arch, 2, LSE,
+        (128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
+    TABLE |= _rows("similarity_gradient", _arch, 2, SUM,
+        (128, 64, 64, 128, 128, 4, 2), (256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 128, 4, 2))  # fmt: skip
+TABLE |= _rows("similarity_rows", 90, 2, LSE,
+    (128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 64, 64, 8, 2))  # fmt: skip
+TABLE |= _rows("similarity_pairs", 90, 2, LSE,
+    (128, 64, 128, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
+TABLE |= _rows("similarity_gradient", 90, 2, SUM,
+    (128, 64, 64, 128, 128, 4, 2), (256, 128, 32, 256, 256, 8, 2), (LARGE, 128, 32, 64, 256, 8, 2))  # fmt: skip
+TABLE |= _rows("similarity_rows", 100, 2, LSE,
+    (128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 64, 64, 8, 2))  # fmt: skip
+TABLE |= _rows("similarity_pairs", 100, 2, LSE,
+    (128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
+TABLE |= _rows("similarity_gradient", 100, 2, SUM,
+    (128, 64, 64, 128, 128, 4, 2), (256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 32, 64, 256, 4, 2))  # fmt: skip
+for _arch in (80, 86, 90, 100):
+    TABLE |= _rows("similarity_diagonal", _arch, 2, LSE,
+        (128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
+    # float32: exact products do not run on tensor cores, and an element takes twice the room.
+    for _kernel in ("similarity_rows", "similarity_pairs", "similarity_diagonal"):
+        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 64, 32, 4, 2))
+    TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 64, 32, 32, 128, 4, 2))
+TABLE |= {
+    ("similarity_mean", *key[1:]): dict(row)
+    for key, row in TABLE.items()
+    if key[0] == "similarity_gradient"
+}
 
 # Bytes of shared memory that one block may ask for.
 SHARED_MEMORY: dict[Target, int] = {

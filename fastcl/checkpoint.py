@@ -1,0 +1,57 @@
+"""Checkpoints that are either the old one or the new one, whatever happens while writing.
+
+The file is written beside its final name, flushed to the disk, and renamed over it. It holds
+tensors, numbers, strings and containers of them only: torch.load(..., weights_only=True) reads it.
+"""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = "checkpoint.pt"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write state to path, atomically. Raises OSError (a full disk, …) with path as it was."""
+    buffer = io.BytesIO()  # torch.save on a file turns a full disk into a RuntimeError
+    torch.save(state, buffer)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in path, on the CPU. Raises ValueError when it is no checkpoint of this program."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many kinds on a file that is not its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint: {reason}") from None
+    if not isinstance(state, dict) or "method" not in state or "values" not in state:
+        raise ValueError(f"{path} is not a checkpoint of fastcl.train")
+    return state

@@ -1,0 +1,391 @@
+"""python -m fastcl.train --method swav: from a command line to a trained encoder.
+
+Read it from top to bottom: `main` turns errors into one line and an exit code, `Trainer` sets up a
+run (or takes up a saved one) and `fit` is the loop. The run folder then holds config.yaml,
+metrics.jsonl and checkpoint.pt.
+
+Exit codes: 0 done; 1 stopped by a loss that is not finite or by a full disk; 2 wrong usage; 130
+Ctrl-C; 143 SIGTERM.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl import checkpoint, models
+from fastcl.config import RUNS, Request, UsageError, as_dict, parse, to_yaml
+from fastcl.data import Loader, TensorSplit, augment, load
+from fastcl.evaluate import knn_accuracy, pixel_knn_accuracy
+from fastcl.interrupt import Interrupt
+from fastcl.methods import METHODS, Progress
+from fastcl.optim import OPTIMIZERS, learning_rate
+from fastcl.progress import Metrics, ProgressBar, effective_rank, feature_std
+
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stopped(Exception):
+    """Training cannot go on; the message is one line for the user, the last checkpoint is kept."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        request = parse(sys.argv[1:] if argv is None else argv)
+        if request.print_config:
+            print(to_yaml(as_dict(request.run, request.config)), end="")
+            return 0
+        with Interrupt() as interrupt:
+            try:
+                return _run(request, interrupt)
+            except KeyboardInterrupt:  # before the first step, or while saving
+                return _fail("stopped", 128 + (interrupt.signal or 2))
+    except UsageError as error:
+        return _fail(f"error: {error}", 2)
+    except Stopped as error:
+        return _fail(str(error), 1)
+
+
+def _run(request: Request, interrupt: Interrupt) -> int:
+    try:
+        trainer = Trainer(request, interrupt)
+    except (ValueError, OSError) as error:  # what data, models and loader say of a wrong value
+        raise UsageError(" ".join(str(error).split())) from None
+    return trainer.fit()
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fastcl.train: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+class Trainer:
+    """One run: its data, method, optimizer and position."""
+
+    def __init__(self, request: Request, interrupt: Interrupt) -> None:
+        self.run, self.config, self.interrupt = request.run, request.config, interrupt
+        run, config = self.run, self.config
+        self.device = _device(run.device)
+        self.data = load(run.data, data_dir=run.data_dir, download=run.download)
+        image_size = config.image_size or self.data.image_size
+
+        torch.manual_seed(run.seed)
+        encoder = models.build(config.backbone, image_size=image_size)
+        self.method = METHODS[run.method](encoder, config).to(self.device)
+        self.augmentation = augment.build(
+            config.augmentation,
+            image_size=image_size,
+            mean=self.data.mean,
+            std=self.data.std,
+            crops=self.method.crops(image_size),
+            strength=config.jitter,
+            blur=config.blur,
+        )
+        self.loader = Loader(
+            self.data.pretrain,
+            self.augmentation,
+            batch_size=config.batch_size,
+            seed=run.seed,
+            workers=run.workers,
+        )
+        self.optimizer = OPTIMIZERS[config.optimizer](
+            [(name, p) for name, p in self.method.named_parameters() if p.requires_grad],
+            config.lr,
+            momentum=config.sgd_momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
+
+        self.step = 0  # optimizer steps done
+        self.steps = config.epochs * len(self.loader)
+        self.losses: list[Tensor] = []  # since the last row of metrics, not yet read
+        self.knn: dict[int, float] = {}  # step -> accuracy
+        self.raw_pixels: float | None = None
+        self.last: dict[str, Any] = {}  # the last row of metrics
+        self.saved: int | None = None  # the step of checkpoint.pt
+
+        self.folder = _claim_folder(request)
+        self.path = self.folder / checkpoint.NAME
+        if request.checkpoint is not None:
+            self._restore(request)
+        values = to_yaml(as_dict(run, config))
+        (self.folder / "config.yaml").write_text(values, encoding="utf-8")
+        self.metrics = Metrics(
+            self.folder / "metrics.jsonl", None if request.checkpoint is None else self.step
+        )
+        self.bar = ProgressBar(self.steps, self.step)
+
+    # ---- the loop --------------------------------------------------------------------------------
+
+    def fit(self) -> int:
+        """Train to the end. Returns the exit code."""
+        run, config = self.run, self.config
+        self.bar.say(
+            f"{run.method} on {run.data} ({len(self.data.pretrain):,} images), {config.backbone}, "
+            f"{config.epochs} epochs of {len(self.loader)} steps -> {self.folder}"
+        )
+        try:
+            self._evaluate()
+            self._clock()
+            while self.step < self.steps:
+                self._place_loader()
+                for views, _, _ in self.loader:
+                    with self.interrupt.hold():
+                        self._step([view.to(self.device, non_blocking=True) for view in views])
+                        if self.step % run.log_every == 0 or self.step == self.steps:
+                            self._log()
+                self._evaluate()
+                if self._epoch % run.checkpoint_every == 0 or self.step == self.steps:
+                    self._save()
+            self._summary()
+            return 0
+        except KeyboardInterrupt:
+            return self._interrupted()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise Stopped(f"cannot write to {self.folder}: {reason}; {self._kept()}") from None
+        finally:
+            self.bar.close()
+
+    def _step(self, views: list[Tensor]) -> None:
+        """One optimizer step on a batch of views."""
+        at = Progress(self.step, len(self.loader), self.config.epochs)
+        lr = self._lr()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.method.train()
+        self.optimizer.zero_grad()
+        with self._autocast():
+            loss = self.method.loss(views, at)
+        self.scaler.scale(loss).backward()
+        self.method.after_backward(at)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step(at)
+        self.losses.append(loss.detach())
+        self.step += 1
+
+    def _lr(self) -> float:
+        config = self.config
+        return learning_rate(
+            config.schedule,
+            self.step,
+            images=len(self.data.pretrain),
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            lr=config.lr,
+            warmup_epochs=config.warmup_epochs,
+            start_lr=config.start_lr,
+            final_lr=config.final_lr,
+            milestones=config.milestones,
+        )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = PRECISION.get(self.run.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @property
+    def _epoch(self) -> int:
+        return self.step // len(self.loader)
+
+    def _place_loader(self) -> None:
+        """The loader's position follows from the step: an interrupted wait loses no batch."""
+        epoch, batch = divmod(self.step, len(self.loader))
+        self.loader.load_state_dict({"seed": self.run.seed, "epoch": epoch, "batch": batch})
+
+    # ---- what it writes --------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        """A row of metrics.jsonl. Raises Stopped at the first loss that is not finite."""
+        loss = self._read_losses()
+        now = time.monotonic()
+        rate = (self.step - self.since_step) * self.config.batch_size / (now - self.since)
+        at = Progress(self.step - 1, len(self.loader), self.config.epochs)
+        self.last = {
+            "step": self.step,
+            "epoch": round(self.step / len(self.loader), 4),
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "momentum": self.method.momentum_at(at),
+            "feature_std": feature_std(self.method.embedding),
+            "effective_rank": effective_rank(self.method.embedding),
+            "images_per_second": round(rate, 1),
+        }
+        self.metrics.write(**self.last)
+        self.bar.update(self.step, loss, rate)
+        self.losses.clear()
+        self._clock()
+
+    def _read_losses(self) -> float:
+        """The mean loss since the last row; the only place where the host waits for the device."""
+        values = torch.stack(self.losses).float().tolist() if self.losses else []
+        for back, value in enumerate(reversed(values)):
+            if not math.isfinite(value):
+                bad = self.step - back
+        if not all(map(math.isfinite, values)):
+            raise Stopped(
+                f"the loss of step {bad} is {values[bad - self.step - 1]}; {self._kept()}"
+            )
+        return sum(values) / max(len(values), 1)
+
+    def _clock(self) -> None:
+        self.since, self.since_step = time.monotonic(), self.step
+
+    def _evaluate(self) -> None:
+        """kNN before the first step, every `eval_every` epochs and at the end; each once."""
+        every = self.run.eval_every
+        due = self.step in (0, self.steps) or (
+            every > 0 and self.step % (every * len(self.loader)) == 0
+        )
+        if not due or self.step in self.knn:
+            return
+        row: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
+        if self.step == 0 and isinstance(self.data.train, TensorSplit):  # else too many pixels
+            self.raw_pixels = pixel_knn_accuracy(self.data)
+            row["knn_top1_raw_pixels"] = self.raw_pixels
+        with self._autocast():
+            accuracy = knn_accuracy(
+                self.method.encoder,
+                self.data,
+                normalize=self.augmentation.normalize,
+                device=self.device,
+            )
+        self.metrics.write(**row, knn_top1=accuracy)
+        self.knn[self.step] = accuracy
+        self.bar.say(f"epoch {self._epoch}: kNN {accuracy:.1%}")
+        self._clock()
+
+    def _save(self) -> None:
+        """checkpoint.pt: everything that the rest of the run depends on."""
+        self._read_losses()
+        state = {
+            "values": as_dict(self.run, self.config),
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "losses": [loss.cpu() for loss in self.losses],
+            "knn": self.knn,
+            "raw_pixels": self.raw_pixels,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        checkpoint.save(self.path, state)
+        self.saved = self.step
+
+    def _restore(self, request: Request) -> None:
+        """The inverse of `_save`. Raises ValueError when the checkpoint is of another model."""
+        assert request.checkpoint is not None
+        state = checkpoint.load(request.checkpoint)
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{request.checkpoint} is of another model than these flags ask for: {reason}"
+            ) from None
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = self.saved = int(state["step"])
+        self.losses = [loss.to(self.device) for loss in state["losses"]]
+        self.knn, self.raw_pixels = state["knn"], state["raw_pixels"]
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        if request.changed:
+            names = ", ".join(sorted(request.changed))
+            print(f"resumed with other values than before: {names}", flush=True)
+
+    # ---- how it ends -----------------------------------------------------------------------------
+
+    def _interrupted(self) -> int:
+        number = self.interrupt.signal or 2
+        if self.interrupt.clean and self.saved != self.step:
+            try:
+                self._save()
+            except OSError as error:
+                raise Stopped(f"stopped; cannot save: {error.strerror}; {self._kept()}") from None
+        return _fail(f"stopped at step {self.step} of {self.steps}; {self._kept()}", 128 + number)
+
+    def _kept(self) -> str:
+        """Where the last checkpoint is, and how to go on from it."""
+        if self.saved is None:
+            return "no checkpoint was written before"
+        return (
+            f"the checkpoint of step {self.saved} is {self.path}; "
+            f"go on with: python -m fastcl.train --resume {self.folder}"
+        )
+
+    def _summary(self) -> None:
+        """The three numbers, and a word if the embeddings collapsed."""
+        self.bar.close()
+        for note in self._collapse():
+            print(f"note: {note}")
+        numbers = {"trained encoder": self.knn[self.steps], "untrained encoder": self.knn.get(0)}
+        numbers["raw pixels"] = self.raw_pixels
+        shown = (f"{name} {value:.1%}" for name, value in numbers.items() if value is not None)
+        print(f"kNN accuracy: {', '.join(shown)}\n{self.path}", flush=True)
+
+    def _collapse(self) -> list[str]:
+        """What the last row says against the embeddings."""
+        notes, row = [], self.last
+        even = 1 / math.sqrt(self.method.embedding.shape[1]) if row else 0.0
+        flat = self.method.collapsed_loss()
+        if row and flat is not None and abs(row["loss"] / flat - 1) < 0.005:
+            notes.append(
+                f"the loss sits at {flat:.3f}, what it is when all embeddings are the same"
+            )
+        if row and row["feature_std"] < 0.1 * even:
+            notes.append(
+                f"the embeddings hardly differ: their standard deviation is "
+                f"{row['feature_std']:.1e}, {even:.1e} if they were spread evenly"
+            )
+        return notes
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; auto is cuda where there is one. Raises ValueError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+    return device
+
+
+def _claim_folder(request: Request) -> Path:
+    """The run folder, created. Raises UsageError rather than overwrite another run's checkpoint."""
+    if request.checkpoint is not None:
+        return request.checkpoint.parent
+    run = request.run
+    if run.output is not None:
+        folder = Path(run.output)
+        if (folder / checkpoint.NAME).exists():
+            raise UsageError(
+                f"{folder} holds a run already: go on with --resume {folder}, "
+                "or choose another --output"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    number = 1
+    while True:
+        suffix = "" if number == 1 else f"-{number}"
+        folder = Path(RUNS) / f"{run.method}-{run.data}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,20 +72,22 @@ $(PY):
 	    { echo "fastcl: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-.PHONY: compiler
-compiler: | $(PY)
-	@command -v "$${CXX%% *}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
-	    { echo "fastcl: no C++ compiler found; install g++ or clang++ (on Debian: apt-get install g++), or give one: CXX=/path/to/g++" >&2; exit 1; }
-	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
-	    { echo "fastcl: Python.h is missing; on Debian: apt-get install python3-dev" >&2; exit 1; }
+define check_compiler
+@command -v "$${CXX%% *}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+    { echo "fastcl: no C++ compiler found; install g++ or clang++ (on Debian: apt-get install g++), or give one: CXX=/path/to/g++" >&2; exit 1; }
+@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
+    { echo "fastcl: Python.h is missing; on Debian: apt-get install python3-dev" >&2; exit 1; }
+endef
 
-$(INSTALLED): pyproject.toml setup.py | $(PY) compiler
+$(INSTALLED): pyproject.toml setup.py | $(PY)
+	$(check_compiler)
 	@echo "Installing fastcl[$(EXTRAS)] into $(VENV): the first time some minutes, most of them torch's"
 	$(PIP) install $(BUILD_REQUIRES)
 	FASTCL_REQUIRE_COMPILER=1 $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
-$(KERNELS): setup.py $(wildcard csrc/*) | $(INSTALLED) compiler
+$(KERNELS): setup.py $(wildcard csrc/*) | $(INSTALLED)
+	$(check_compiler)
 	@echo "Compiling csrc/"
 	@FASTCL_REQUIRE_COMPILER=1 $(PY) setup.py -q build_ext --inplace
 	@touch $@

@@ -113,6 +113,8 @@ class BuildKernels(build_ext):
         try:
             compiler = find_compiler()
             self.isas = {isa: flags for isa, flags in wanted.items() if accepts(compiler, flags)}
+            if "baseline" not in self.isas:
+                raise RuntimeError(f"{compiler} does not compile an empty file")
             self.compile_with(compiler)
             record = {"compiler": version_of(compiler), "isas": list(self.isas)}
         except (RuntimeError, ImportError, OSError) as error:

@@ -158,7 +158,7 @@ def saturation_hsv(images: Tensor, factor: Tensor) -> Tensor:
     """
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     most = value / (value - low).clamp_(min=1e-12)  # there the smallest channel is 0
-    return value - (value - images) * torch.minimum(_of_image(factor), most)
+    return (value - (value - images) * torch.minimum(_of_image(factor), most)).clamp_(0, 1)
 
 
 def hue(images: Tensor, turn: Tensor) -> Tensor:

@@ -62,13 +62,13 @@ class TinyResNet(nn.Module):
 
 
 def sine_positions(height: int, width: int, dim: int) -> Tensor:
-    """Fixed positions (height · width, dim): a quarter each sin ωx, cos ωx, sin ωy, cos ωy.
+    """Fixed positions (height · width, dim): a quarter each sin ωy, cos ωy, sin ωx, cos ωx.
 
-    ω_i = 10000^(−i/(dim/4)). Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057).
+    ω_i = 10000^(−i/(dim/4)). Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), its code's vits.py.
     """
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
+    angles = [axis.flatten()[:, None] * omega for axis in (y, x)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 

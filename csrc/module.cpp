@@ -67,6 +67,8 @@ PYBIND11_MODULE(FASTCL_ISA, m) {
   def(m, "similarity_lse_backward", similarity_lse_backward);
   def(m, "self_similarity_lse_forward", self_similarity_lse_forward);
   def(m, "self_similarity_lse_backward", self_similarity_lse_backward);
+  def(m, "self_distillation_forward", self_distillation_forward);
+  def(m, "self_distillation_backward", self_distillation_backward);
   def(m, "bank_scores_forward", bank_scores_forward);
   def(m, "bank_scores_backward", bank_scores_backward);
   def(m, "bank_update", bank_update);

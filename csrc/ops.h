@@ -111,6 +111,30 @@ void self_similarity_lse_backward(const float* grad,  // (N,)
                                   float* grad_scale,  // (1,)
                                   int64_t n, int64_t d, bool normalize, int dtype, int threads);
 
+// ---- self_distillation.cpp
+void self_distillation_forward(const void* student,         // (S, N, K)
+                               const void* teacher,         // (T, N, K)
+                               const float* center,         // (K,)
+                               const float* student_scale,  // ()
+                               const float* teacher_scale,  // ()
+                               float* loss,                 // (N,)
+                               float* student_lse,          // (S, N)
+                               float* teacher_lse,          // (T, N)
+                               int64_t students, int64_t teachers, int64_t n, int64_t k, int dtype,
+                               int threads);
+void self_distillation_backward(const float* grad,           // (N,)
+                                const void* student,         // (S, N, K)
+                                const void* teacher,         // (T, N, K)
+                                const float* center,         // (K,)
+                                const float* student_scale,  // ()
+                                const float* teacher_scale,  // ()
+                                const float* student_lse,    // (S, N)
+                                const float* teacher_lse,    // (T, N)
+                                void* grad_student,          // (S, N, K)
+                                float* grad_scale,           // ()
+                                int64_t students, int64_t teachers, int64_t n, int64_t k, int dtype,
+                                int threads);
+
 // ---- bank_scores.cpp
 void bank_scores_forward(const void* query,     // (N, D)
                          const void* bank,      // (M, D)

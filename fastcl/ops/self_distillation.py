@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import (
     contiguous,
     define,
@@ -17,9 +19,54 @@ from fastcl.ops._library import (
     refuse_second_derivative,
     statistics_dtype,
 )
-from fastcl.reference import self_distillation as Cpp
 
 WORD = "self_distillation"
+
+
+class Cpp:
+    """Allocates the outputs and calls csrc/self_distillation.cpp."""
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        student_scale: Tensor,
+        teacher_scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss = student.new_empty(student.shape[1], dtype=torch.float32)
+        student_lse = student.new_empty(student.shape[:2], dtype=torch.float32)
+        teacher_lse = student.new_empty(teacher.shape[:2], dtype=torch.float32)
+        inputs = student, teacher, center, student_scale, teacher_scale
+        _C.kernels.self_distillation_forward(
+            *map(pointer, (*inputs, loss, student_lse, teacher_lse)),
+            *sizes_and_type(student, teacher),
+        )
+        return loss, student_lse, teacher_lse
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        student_scale: Tensor,
+        teacher_scale: Tensor,
+        student_lse: Tensor,
+        teacher_lse: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        grad_student, grad_scale = torch.empty_like(student), torch.empty_like(student_scale)
+        inputs = grad, student, teacher, center, student_scale, teacher_scale
+        _C.kernels.self_distillation_backward(
+            *map(pointer, (*inputs, student_lse, teacher_lse, grad_student, grad_scale)),
+            *sizes_and_type(student, teacher),
+        )
+        return grad_student, grad_scale
+
+
+def sizes_and_type(student: Tensor, teacher: Tensor) -> tuple[int, ...]:
+    sizes = student.shape[0], teacher.shape[0], *student.shape[1:]
+    return *sizes, DTYPE_CODES[student.dtype], torch.get_num_threads()
 
 
 def run_forward(

@@ -28,7 +28,8 @@ class Cpp:
 
     @staticmethod
     def forward(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss, lse, mass = logits.new_empty((3, logits.shape[0]), dtype=torch.float32).unbind()
+        n = logits.shape[0]
+        loss, lse, mass = (logits.new_empty(n, dtype=torch.float32) for _ in range(3))
         _C.kernels.soft_cross_entropy_forward(
             pointer(logits),
             pointer(targets),

@@ -64,7 +64,7 @@ def test_as_accurate_as_plain_pytorch(s: int, t: int, n: int, k: int, dtype: tor
         if c.abs().max() > 1e-12:
             assert_as_accurate_as(a, b, c, slack=slack, name=name)
         else:  # one prototype: nothing to learn
-            assert a.abs().max() < 1e-6
+            assert a.abs().max() < 2e-4  # of terms of size 1 / temperature²
 
 
 def test_uniform_outputs_cost_the_log_of_the_prototypes() -> None:

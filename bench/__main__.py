@@ -36,10 +36,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("workloads", nargs="*", metavar="workload", help="default: all; see --list")
     p.add_argument("--list", action="store_true", help="the workloads and their providers")
     p.add_argument("--size", choices=("small", "full"), default="full")
-    p.add_argument(
-        "--scaling", action="store_true", help="vary the rows from 1,024 up, doubling, to --most"
-    )
-    p.add_argument("--most", type=int, default=16384, help="rows of the largest --scaling step")
+    p.add_argument("--scaling", action="store_true", help="double the rows from --least to --most")
+    p.add_argument("--least", type=int, default=1024)
+    p.add_argument("--most", type=int, default=16384)
     p.add_argument("--providers", help="comma-separated; default: all of each workload")
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 …")
@@ -71,8 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in providers:
         if name not in PROVIDERS:
             return usage(f"unknown provider {name!r}. Providers: {', '.join(PROVIDERS)}")
-    if options.threads < 1 or options.repeats < 1:
-        return usage("--threads and --repeats must be at least 1.")
+    if min(options.threads, options.repeats, options.least) < 1:
+        return usage("--threads, --repeats and --least must be at least 1.")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         return usage("--device cuda: torch sees no CUDA device here.")
 
@@ -81,10 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = [result for run in runs for result in run["results"]]
         report.print_all(results)
     else:
-        run = measure_all(options, providers, arguments)
-        results = run["results"]
-        if options.json:
-            report.save(run, options.json)
+        results = measure_all(options, providers, arguments)["results"]
     if options.plots:
         from bench import plots
 
@@ -109,7 +105,7 @@ def print_list() -> None:
 def measure_all(
     options: argparse.Namespace, providers: list[str], arguments: list[str]
 ) -> dict[str, Any]:
-    """Measures what was asked for and prints each table as it is done."""
+    """Measures what was asked for; prints each table and rewrites the file as it is done."""
     torch.set_num_threads(options.threads)
     settings = Settings(
         dtype=DTYPES[options.dtype],
@@ -134,13 +130,15 @@ def measure_all(
         before = limit_rates(workload, sizes, settings)
         results = measure(workload, sizes, chosen, settings)
         rates = largest(before, limit_rates(workload, sizes, settings))
-        if results[0]["work"]["unit"] == "flop":  # one limit for the whole run, the largest seen
-            flops = rates = largest(flops, rates)
-        set_fractions(results, rates)
         run["results"] += results
+        if results[0]["work"]["unit"] == "flop":  # one limit for the whole run, the largest seen
+            flops = largest(flops, rates)
+            set_fractions([r for r in run["results"] if r["work"]["unit"] == "flop"], flops)
+        else:
+            set_fractions(results, rates)
         report.print_table(results)
-    if flops:
-        set_fractions([r for r in run["results"] if r["work"]["unit"] == "flop"], flops)
+        if options.json:
+            report.save(run, options.json)
     print(report.LEGEND)
     return run
 
@@ -159,7 +157,7 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[Workload, Sizes]]:
         if not options.scaling or not workload.scaling:
             yield workload, workload.small if options.size == "small" else workload.full
             continue
-        rows = 1024
+        rows = options.least
         while rows <= options.most:
             yield workload, {**workload.full, workload.scaling: rows}
             rows *= 2

@@ -2,8 +2,8 @@
 
     multiply-adds   torch.mm of two large matrices, in the workload's dtype; in float32 on a CPU
                     also multiply-adds from registers only (peak.cpp), which nothing can exceed
-    bytes           the best of copy (b = a), update (b += a) and read (Σ a), on as many bytes as the
-                    workload touches, so that what fits in a cache is compared with that cache
+    bytes           the best of copy (b = a), update (b += a) and read (Σ a), on as many bytes
+                    as the workload touches, so that what fits in a cache is compared with that one
 
 Each is measured before and after every workload. The largest is the limit.
 """

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastcl
 from bench import machine
 from bench.workloads import (
     WORKLOADS,
@@ -99,6 +100,10 @@ def begin(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -
         "note": peer.note if peer else "",
         "work": {"amount": amount, "unit": unit},
     }
+    if provider == "fastcl":
+        backend = fastcl.backend_of(torch.empty(0, dtype=settings.dtype, device=settings.device))
+        result["backend"] = backend.name
+        result["note"] = "" if backend.name in ("cpp", "triton") else f"backend {backend.name}"
     needed = bytes_of(workload, provider, sizes, itemsize)
     if result["version"] is None:
         result["status"] = "not installed"
@@ -216,14 +221,13 @@ def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
 # ---- time ----------------------------------------------------------------------------------------
 
 
-def take_turns(
-    runners: list[tuple[dict[str, Any], Step]], settings: Settings
-) -> list[list[float]]:
+def take_turns(runners: list[tuple[dict[str, Any], Step]], settings: Settings) -> list[list[float]]:
     """Samples of each provider. Slow ones sit out the later repeats, but nobody the first three."""
     samples: list[list[float]] = [[] for _ in runners]
     loops, repeats = [], []
-    for _, step in runners:
-        step()  # the second call: torch.compile may compile again when a number has changed
+    for result, step in runners:
+        if result["provider"] == "compile":
+            step()  # it may compile again on the second call, when a number has changed
         once = machine.seconds(step, 1, settings.device)
         loops.append(max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
         affordable = int(settings.seconds / (once * loops[-1]))
@@ -245,9 +249,11 @@ def take_turns(
 def summary(samples: list[float]) -> dict[str, Any]:
     """Median and spread in seconds, and the samples themselves."""
     ordered = sorted(samples)
-    lower, _, upper = statistics.quantiles(ordered, n=4, method="inclusive") if (
-        len(ordered) > 1
-    ) else ordered * 3
+    lower, _, upper = (
+        statistics.quantiles(ordered, n=4, method="inclusive")
+        if (len(ordered) > 1)
+        else ordered * 3
+    )
     return {
         "median": statistics.median(ordered),
         "min": ordered[0],
@@ -260,9 +266,7 @@ def summary(samples: list[float]) -> dict[str, Any]:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def peak_bytes(
-    workload: Workload, sizes: Sizes, provider: str, settings: Settings
-) -> int | None:
+def peak_bytes(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -> int | None:
     """What one call adds to memory at its peak; None where that cannot be told."""
     if settings.device.startswith("cuda"):
         return peak_on_gpu(workload, sizes, provider, settings)
@@ -272,16 +276,16 @@ def peak_bytes(
         return pool.submit(peak_in_this_process, workload.name, sizes, provider, settings).result()
 
 
-def peak_in_this_process(
-    name: str, sizes: Sizes, provider: str, settings: Settings
-) -> int | None:
+def peak_in_this_process(name: str, sizes: Sizes, provider: str, settings: Settings) -> int | None:
     """Peak of the resident memory during one call, above what it was before."""
     torch.set_num_threads(settings.threads)
     workload = WORKLOADS[name]
     # Threads, library handles and imports are paid on the small size. Compilation needs this one;
     # what a library keeps between calls counts for it.
     warm = sizes if provider == "compile" else workload.small
-    step_of(workload, function_of(workload, provider, warm), make_inputs(workload, warm, settings))()
+    step_of(
+        workload, function_of(workload, provider, warm), make_inputs(workload, warm, settings)
+    )()
     step = step_of(
         workload, function_of(workload, provider, sizes), make_inputs(workload, sizes, settings)
     )

@@ -86,7 +86,9 @@ def scaling(results: list[dict[str, Any]], axis: str) -> Figure:
     providers = sorted({r["provider"] for r in results}, key=RANK.__getitem__)
     for provider in providers:
         colour, marker = STYLE[provider]
-        own = sorted((r for r in results if r["provider"] == provider), key=lambda r: r["sizes"][axis])
+        own = sorted(
+            (r for r in results if r["provider"] == provider), key=lambda r: r["sizes"][axis]
+        )
         front = {"zorder": 3, "linewidth": 2.2} if provider == "fastcl" else {"linewidth": 1.3}
         line = {"color": colour, "marker": marker, "markersize": 5, "label": provider, **front}
         x = [r["sizes"][axis] for r in own]
@@ -114,7 +116,10 @@ def scaling(results: list[dict[str, Any]], axis: str) -> Figure:
         ha="left",
         fontsize=11,
     )
-    for panel, title, unit in ((time, "Time of a call", "ms"), (memory, "Peak memory of a call", "MiB")):
+    for panel, title, unit in (
+        (time, "Time of a call", "ms"),
+        (memory, "Peak memory of a call", "MiB"),
+    ):
         logarithmic(panel, sizes, axis)
         panel.set_title(title)
         panel.set_ylabel(unit)
@@ -150,19 +155,30 @@ def fractions(results: list[dict[str, Any]]) -> Figure:
         panel.plot([min(shares), max(shares)], [y, y], color="#cccccc", linewidth=1.5, zorder=1)
         for r, share in sorted(zip(own, shares), key=lambda pair: -RANK[pair[0]["provider"]]):
             colour, marker = STYLE[r["provider"]]
-            panel.scatter(share, y, s=60, color=colour, marker=marker, zorder=3, linewidths=0)
+            panel.scatter(share, y, s=55, color=colour, marker=marker, zorder=3, linewidths=0)
+            if r["provider"] == "fastcl":
+                panel.annotate(
+                    f"{share:.0f}",
+                    (share, y),
+                    xytext=(0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8.5,
+                    color=colour,
+                )
     panel.axvline(100, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     units = {r["workload"]: r["work"]["unit"] for r in results}
     kind = {"flop": "multiply-adds", "byte": "memory traffic"}
     panel.set_yticks(range(len(names)), [f"{name}\n{kind[units[name]]}" for name in names])
     for label in panel.get_yticklabels():
         label.set_fontsize(8.5)
-    panel.invert_yaxis()
-    panel.set_ylim(len(names) - 0.5, -0.6)
+    panel.set_ylim(len(names) - 0.5, -0.7)
     top = max(100.0, *(100 * r["fraction_of_limit"] for r in results))
-    panel.set_xlim(0, 1.05 * top)
-    panel.set_xlabel("least work / time / what the machine does at best, %")
-    panel.set_title(f"Fraction of the machine's limit ({results[0]['dtype']}, {results[0]['device']})")
+    panel.set_xlim(-0.02 * top, 1.05 * top)
+    panel.set_xlabel("least work ÷ time ÷ the machine's best rate, %")
+    panel.set_title(
+        f"Fraction of the machine's limit ({results[0]['dtype']}, {results[0]['device']})"
+    )
     panel.grid(True, axis="x", color="#dddddd", linewidth=0.7)
     panel.set_axisbelow(True)
     panel.tick_params(axis="y", length=0)

@@ -113,7 +113,9 @@ def print_table(results: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
     for line, result in zip(lines, results):
         style = {"wrong": "red", "failed": "red", "ok": ""}.get(result["status"], "dim")
-        table.add_row(*line, style="bold" if result["provider"] == "fastcl" and not style else style)
+        table.add_row(
+            *line, style="bold" if result["provider"] == "fastcl" and not style else style
+        )
     console = Console()
     console.width = max(console.width, NARROWEST)  # a file or a pipe counts as 80
     console.print(table)

@@ -25,7 +25,7 @@ Function = Callable[..., Any]  # takes the inputs in their order
 
 
 class Work(NamedTuple):
-    """The least that must be done: floating-point operations ("flop") or memory traffic ("byte")."""
+    """The least to be done: floating-point operations ("flop") or memory traffic ("byte")."""
 
     amount: float
     unit: str
@@ -471,8 +471,8 @@ TABLE = [
         fused=lambda targets, sources: F.ema_update_(targets, sources, momentum=0.996),
         peers={
             "builtin": Peer(
-                lambda **sizes: lambda targets, sources: torch._foreach_lerp_(
-                    targets, sources, 1 - 0.996
+                lambda **sizes: (
+                    lambda targets, sources: torch._foreach_lerp_(targets, sources, 1 - 0.996)
                 ),
                 note="torch._foreach_lerp_",
             ),

@@ -78,6 +78,14 @@ struct Pass {
     return std::fabs(scale2) * q.bound * k.bound <= BOUND;
   }
   bool diagonal(const Block& q, const Block& k) const { return self && q.first == k.first; }
+  // Losses number their pairs in ascending order: then few blocks can hold equal ids, and only those
+  // compare them.
+  bool ids_meet(const Block& q, const Block& k) const {
+    if (!query_ids || !key_ids) return false;
+    const auto [q_low, q_high] = std::minmax_element(query_ids + q.first, query_ids + q.first + q.rows);
+    const auto [k_low, k_high] = std::minmax_element(key_ids + k.first, key_ids + k.first + k.rows);
+    return *q_low <= *k_high && *k_low <= *q_high;
+  }
 };
 
 // use(strip, first row, rows, first column, end of columns) for every strip of s; `all` keeps them
@@ -90,7 +98,7 @@ inline void for_strips(const Pass& pass, const Block& q, const Block& k, float* 
   const bool diagonal = pass.diagonal(q, k);
   Mask mask;
   mask.upper = diagonal, mask.columns = k.rows;
-  if (pass.query_ids && pass.key_ids)
+  if (pass.ids_meet(q, k))
     mask.row_ids = pass.query_ids + q.first, mask.column_ids = pass.key_ids + k.first;
   // Very long rows: a block of B would not stay in L2, so their scores are summed in parts.
   for (int64_t depth = 0; depth < words; depth += DEPTH_MAX) {

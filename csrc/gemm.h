@@ -48,6 +48,9 @@ inline void tile(const float* a, int64_t chunk, int64_t jump, const float* b, in
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) acc[i][v] = F{};
+  if (finish.add)  // C comes from beyond L2 when rows are long; it has the whole loop to arrive
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(c + i * c_row + v * LANES, 1);
   for (int64_t k0 = 0; k0 < k_end; k0 += chunk, a += jump) {
     const int64_t count = std::min(chunk, k_end - k0);
     const float* word = a;

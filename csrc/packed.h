@@ -23,7 +23,7 @@ namespace fastcl {
 constexpr float SMALLEST_NORM = 1e-12f;  // torch.nn.functional.normalize's eps
 constexpr int64_t BLOCK_STEP = 96;       // a multiple of MR and NR on every machine
 constexpr int64_t BLOCK_MAX = 384;
-constexpr int64_t DEPTH_MAX = 1024;  // words of a score summed before the next rows are loaded
+constexpr int64_t DEPTH_MAX = 256;  // words of a score summed before the next rows are loaded
 
 inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
@@ -36,8 +36,8 @@ inline int64_t l2_bytes() {
 #endif
 }
 
-// Rows in a block: a block of B (2/5 of L2) and the block of weights (3/5) stay in L2, and there
-// are enough blocks to share between threads. A function of the sizes alone, never of the threads.
+// Rows in a block: B's part of the scores (2/5 of L2) and the block of weights (3/5) stay in L2, and
+// there are enough blocks to share between threads. Never a function of the number of threads.
 inline int64_t block_rows(int64_t n, int64_t d) {
   const int64_t depth = std::min(d, DEPTH_MAX), words = l2_bytes() / 4;
   int64_t most = BLOCK_MAX;

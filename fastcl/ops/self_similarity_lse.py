@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import (
     contiguous,
     define,
@@ -20,9 +22,35 @@ from fastcl.ops._library import (
     refuse_second_derivative,
     statistics_dtype,
 )
-from fastcl.reference import self_similarity_lse as Cpp
 
 WORD = "self_similarity_lse"
+
+
+class Cpp:
+    """Allocates the outputs and calls csrc/self_similarity_lse.cpp."""
+
+    @staticmethod
+    def forward(z: Tensor, scale: Tensor, ids: Tensor | None, *, normalize: bool) -> Tensor:
+        n, d = z.shape
+        scale, lse = scale.to(torch.float32), z.new_empty(n, dtype=torch.float32)
+        _C.kernels.self_similarity_lse_forward(
+            *map(pointer, (z, scale, ids, lse)),
+            *(n, d, normalize, DTYPE_CODES[z.dtype], torch.get_num_threads()),
+        )
+        return lse
+
+    @staticmethod
+    def backward(
+        grad: Tensor, z: Tensor, scale: Tensor, ids: Tensor | None, lse: Tensor, *, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        n, d = z.shape
+        scale = scale.to(torch.float32)
+        grad_z, grad_scale = torch.empty_like(z), torch.empty_like(scale)
+        _C.kernels.self_similarity_lse_backward(
+            *map(pointer, (grad, z, scale, ids, lse, grad_z, grad_scale)),
+            *(n, d, normalize, DTYPE_CODES[z.dtype], torch.get_num_threads()),
+        )
+        return grad_z, grad_scale
 
 
 def run_forward(z: Tensor, scale: Tensor, ids: Tensor | None, normalize: bool) -> Tensor:

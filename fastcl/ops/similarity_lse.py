@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import (
     contiguous,
     define,
@@ -24,10 +25,96 @@ from fastcl.ops._library import (
     refuse_second_derivative,
     statistics_dtype,
 )
-from fastcl.reference import similarity_lse as Cpp
 from fastcl.reference._common import in_float, normalized, through_normalization
 
 WORD = "similarity_lse"
+
+
+class Cpp:
+    """Allocates the outputs and calls csrc/similarity_lse.cpp."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        scale: Tensor,
+        query_ids: Tensor | None,
+        key_ids: Tensor | None,
+        *,
+        normalize: bool,
+        rows: bool,
+        columns: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        (n, d), m = query.shape, key.shape[0]
+        query, key, scale = same_dtype(query, key, scale)
+        row_lse = query.new_empty(n, dtype=torch.float32) if rows else None
+        column_lse = query.new_empty(m, dtype=torch.float32) if columns else None
+        _C.kernels.similarity_lse_forward(
+            *map(pointer, (query, key, scale, query_ids, key_ids, row_lse, column_lse)),
+            *(n, m, d, normalize, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+        )
+        return row_lse, column_lse
+
+    @staticmethod
+    def forward_with_mean(
+        query: Tensor,
+        key: Tensor,
+        scale: Tensor,
+        query_ids: Tensor | None,
+        key_ids: Tensor | None,
+        *,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        (n, d), m = query.shape, key.shape[0]
+        query, key, scale = same_dtype(query, key, scale)
+        row_lse = query.new_empty(n, dtype=torch.float32)
+        mean_key = query.new_empty((n, d), dtype=torch.float32)
+        _C.kernels.similarity_lse_forward_with_mean(
+            *map(pointer, (query, key, scale, query_ids, key_ids, row_lse, mean_key)),
+            *(n, m, d, normalize, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+        )
+        return row_lse, mean_key
+
+    @staticmethod
+    def backward(
+        grad_rows: Tensor | None,
+        grad_columns: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        scale: Tensor,
+        query_ids: Tensor | None,
+        key_ids: Tensor | None,
+        row_lse: Tensor | None,
+        column_lse: Tensor | None,
+        *,
+        normalize: bool,
+        need_query: bool,
+        need_key: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        (n, d), m = query.shape, key.shape[0]
+        dtypes = query.dtype, key.dtype
+        query, key, scale = same_dtype(query, key, scale)
+        grad_query = torch.empty_like(query) if need_query else None
+        grad_key = torch.empty_like(key) if need_key else None
+        grad_scale = torch.empty_like(scale)
+        _C.kernels.similarity_lse_backward(
+            *map(pointer, (grad_rows, grad_columns, query, key, scale, query_ids, key_ids)),
+            *map(pointer, (row_lse, column_lse, grad_query, grad_key, grad_scale)),
+            *(n, m, d, normalize, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+        )
+        return (
+            None if grad_query is None else grad_query.to(dtypes[0]),
+            None if grad_key is None else grad_key.to(dtypes[1]),
+            grad_scale,
+        )
+
+
+def same_dtype(query: Tensor, key: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key in the dtype that torch promotes them to; the scale in float32."""
+    if query.dtype != key.dtype:
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(dtype), key.to(dtype)
+    return query, key, scale.to(torch.float32)
 
 
 def run_forward(

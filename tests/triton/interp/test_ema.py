@@ -73,13 +73,13 @@ def test_table_follows_the_tensors():
     buffer, source = streaming.randn(9000), streaming.randn(9000, seed=1)
     streaming.check_ema([buffer], [source], 0.9)
     streaming.check_ema([buffer], [source], 0.9)
-    tail = buffer[5000:].clone()
-    streaming.check_ema([buffer[:5000]], [source[:5000]], 0.9)
-    assert torch.equal(buffer[5000:], tail)
-    halves = [tensor[:5000].view(torch.float16) for tensor in (buffer, source)]
-    for i, tensor in enumerate(halves):
-        tensor.copy_(streaming.randn(10000, seed=i))
-    streaming.check_ema(halves[:1], halves[1:], 0.9)
+    pieces, sources = [buffer[:5000], buffer[6000:7000]], [source[:5000], source[6000:7000]]
+    between, tail = buffer[5000:6000].clone(), buffer[7000:].clone()
+    streaming.check_ema(pieces, sources, 0.9)
+    assert torch.equal(buffer[5000:6000], between) and torch.equal(buffer[7000:], tail)
+    half = buffer.view(torch.float16)
+    half.copy_(streaming.randn(18000))
+    streaming.check_ema([half[:5000], half[12000:13000]], sources, 0.9)
 
 
 def test_channels_last():

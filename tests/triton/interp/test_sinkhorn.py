@@ -38,6 +38,13 @@ def test_scores_over_epsilon_of_a_thousand(n, k):
     streaming.check_sinkhorn(streaming.extreme_scores(n, k), epsilon=0.05, slack=1e-4)
 
 
+def test_more_programs_than_one_block_of_parts(monkeypatch):
+    """As on a GPU, whose hundreds of programs each give a part of the columns' sums."""
+    monkeypatch.setattr(sinkhorn.configs, "multiprocessors", lambda tensor: 100)
+    streaming.check_sinkhorn(streaming.randn(81, 600) / 4, epsilon=0.05, iterations=2)
+    assert 81 // sinkhorn.SWEEP[1024].block_n > sinkhorn.FINISH_PARTS
+
+
 def test_golden_swav():
     streaming.check_sinkhorn_golden("cpu")
 

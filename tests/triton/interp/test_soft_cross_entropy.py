@@ -26,6 +26,13 @@ def test_matches_float64_formula(n, k, dtype):
     streaming.check_soft_cross_entropy(*streaming.logits_and_targets(n, k, dtype), scale=10.0)
 
 
+def test_sum_of_more_parts_than_a_block():
+    parts = streaming.randn(3000).double().round(decimals=2).float()
+    total = torch.empty(())
+    soft_cross_entropy.sum_kernel[(1,)](parts, total, 3000, BLOCK=soft_cross_entropy.SUM_BLOCK)
+    assert abs(total.item() - parts.double().sum().item()) < 1e-4
+
+
 def test_dino_rows_are_split():
     assert soft_cross_entropy.grid_of(16, 65536).splits == 32
     assert soft_cross_entropy.grid_of(4096, 3000).splits == 1

@@ -6,17 +6,26 @@ similarity s to the test image is largest, class c gets the score
     score_c = Σ_{j: y_j = c} exp(s_j / τ)
 
 and the class of the largest score is the prediction.
+
+    python -m fastcl.evaluate --checkpoint runs/swav/checkpoint.pt --linear swav
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nf
 
-from fastcl.data.splits import DataSplits, Split
+from fastcl import checkpoint, models
+from fastcl.data import DataSplits, Split, augment, load
 
 SIMILARITIES = 1 << 24  # held at a time: 64 MB
 
@@ -142,3 +151,138 @@ def knn_accuracy(
 def pixel_knn_accuracy(data: DataSplits, *, k: int = 20, temperature: float = 0.07) -> float:
     """The same of the images' own pixels in [0, 1]: what an encoder must beat."""
     return knn_accuracy(nn.Flatten(), data, k=k, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a linear classifier is trained: SGD with momentum, on features that do not change."""
+
+    lr: float
+    epochs: int
+    batch_size: int = 256
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    milestones: tuple[int, ...] | None = None  # epochs where lr falls to a tenth; None: cosine to 0
+
+
+PROTOCOLS = {
+    "moco": Protocol(lr=30.0, epochs=100, milestones=(60, 80)),  # arXiv:1911.05722, v1 and v2
+    "simclr": Protocol(lr=1.6, epochs=90, batch_size=4096, nesterov=True),  # arXiv:2002.05709, B.6
+    "swav": Protocol(lr=0.3, epochs=100, weight_decay=1e-6),  # arXiv:2006.09882
+}
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    protocol: Protocol = PROTOCOLS["moco"],
+    *,
+    seed: int = 0,
+) -> float:
+    """The share of test rows, 0 to 1, that softmax regression on the training rows gets right.
+
+    train_features (N, D), train_labels (N,), test_features (M, D), test_labels (M,), as
+    `features_and_labels` gives them. W starts at N(0, 0.01), the bias at 0.
+    Differs from the papers' protocols: the features are those of the test view, computed once,
+    where the papers crop and flip the training images anew in every epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, dim = train_features.shape
+    classes = int(torch.cat((train_labels, test_labels)).max()) + 1
+    weight = (0.01 * torch.randn(classes, dim, generator=generator)).requires_grad_()
+    bias = torch.zeros(classes, requires_grad=True)
+    p = protocol
+    optimizer = torch.optim.SGD(
+        [weight, bias], p.lr, p.momentum, weight_decay=p.weight_decay, nesterov=p.nesterov
+    )
+    for epoch in range(p.epochs):
+        if p.milestones is None:
+            factor = 0.5 * (1 + math.cos(math.pi * epoch / p.epochs))
+        else:
+            factor = 0.1 ** sum(epoch >= milestone for milestone in p.milestones)
+        optimizer.param_groups[0]["lr"] = p.lr * factor
+        for rows in torch.split(torch.randperm(count, generator=generator), p.batch_size):
+            logits = nf.linear(train_features[rows], weight, bias)
+            optimizer.zero_grad()
+            torch.autograd.backward(nf.cross_entropy(logits, train_labels[rows]))
+            optimizer.step()
+    with torch.no_grad():
+        predicted = nf.linear(test_features, weight, bias).argmax(1)
+    return float((predicted == test_labels).float().mean())
+
+
+def load_encoder(state: dict[str, Any], data: DataSplits) -> tuple[nn.Module, Normalize]:
+    """The encoder of a checkpoint of fastcl.train, and what was done to its images in training.
+
+    Images are normalised by the mean and std of `data`, as training did with those of its own.
+    """
+    values = state["values"]
+    size = values["image_size"] or data.image_size
+    encoder = models.build(values["backbone"], image_size=size)
+    own = "encoder."
+    weights = state["method"].items()
+    encoder.load_state_dict({k.removeprefix(own): v for k, v in weights if k.startswith(own)})
+    recipe = augment.build(values["augmentation"], image_size=size, mean=data.mean, std=data.std)
+    return encoder, recipe.normalize
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2, after one line, for wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastcl.evaluate",
+        description="Weighted kNN, and a linear probe, of the encoder of a checkpoint.",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="checkpoint.pt or its folder"
+    )
+    parser.add_argument("--data", help="data to evaluate on; none: the run's")
+    parser.add_argument("--data-dir", help="where the data is; none: the run's")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the data, if torchvision can"
+    )
+    parser.add_argument(
+        "--k", type=int, default=20, help="neighbours (the papers' 200 at ImageNet)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.07, help="of kNN's votes")
+    parser.add_argument("--linear", choices=PROTOCOLS, help="also a linear probe, by this protocol")
+    parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    try:
+        for name, value in evaluate(args):
+            print(f"{name}: {value:.2%}", flush=True)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"fastcl.evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """Yields (what, accuracy from 0 to 1) for the command line's arguments."""
+    path = args.checkpoint / checkpoint.NAME if args.checkpoint.is_dir() else args.checkpoint
+    state = checkpoint.load(path)
+    values = state["values"]
+    own = args.data is None
+    data_dir = args.data_dir or (values["data_dir"] if own else None)
+    data = load(values["data"] if own else args.data, data_dir=data_dir, download=args.download)
+    encoder, normalize = load_encoder(state, data)
+    train, test = (
+        features_and_labels(
+            encoder.to(args.device),
+            split,
+            normalize=normalize,
+            batch_size=args.batch_size,
+            device=args.device,
+        )
+        for split in (data.train, data.test)
+    )
+    yield f"kNN (k = {args.k})", knn(*train, *test, k=args.k, temperature=args.temperature)
+    if args.linear:
+        yield f"linear ({args.linear})", linear_probe(*train, *test, PROTOCOLS[args.linear])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

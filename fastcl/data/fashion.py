@@ -1,16 +1,15 @@
-"""The embedded data: Fashion-MNIST as photographs would have it, with colour, light and place left to
-chance.
+"""The embedded data: Fashion-MNIST with colour, light and place left to chance, as in photographs.
 
     image = light · (α · foreground + (1 − α) · background),      α = grey/255, flipped and moved
 
-Each image draws its own hue, two tones of that hue (a foreground and a background whose lumas differ by
-a quarter of the range at least, either one the brighter), a light that falls off in some direction,
-a flip and a shift of up to 4 pixels. None of it says anything of the class, and all of it is what
-crops, flips and colour jitter undo: weighted kNN on raw pixels falls from 81 % to below 40 %.
+Each image draws its own hue, two tones of that hue (a foreground and a background whose lumas differ
+by a quarter of the range at least, either one the brighter), a light that falls off in some
+direction, a flip and a shift of up to 4 pixels. None of it says anything of the class, and all of it
+is what crops, flips and colour jitter undo: weighted kNN on raw pixels falls from 81 % to 37 %.
 
-It is integer arithmetic on the frozen stream of numpy.random.RandomState (NEP 19): the same bytes
-everywhere. Source: Xiao et al. 2017, arXiv:1708.07747; MIT licence (fashion.LICENSE). make_fashion.py
-makes the archive of grey images.
+It is integer arithmetic on the frozen stream of numpy.random.RandomState (NEP 19), so the bytes are
+the same everywhere. make_fashion.py makes the archive of grey images.
+Source: Xiao et al. 2017, arXiv:1708.07747; MIT licence (fashion.LICENSE).
 """
 
 from __future__ import annotations

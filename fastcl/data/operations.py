@@ -283,5 +283,6 @@ class BlurPillow(Blur):
         from PIL import ImageFilter
         from torchvision.transforms.v2 import functional as tv
 
-        picture = tv.to_pil_image(image).filter(ImageFilter.GaussianBlur(float(parameters)))
-        return as_float(tv.pil_to_tensor(picture))
+        picture = tv.to_pil_image((as_float(image) * 255).round_().to(torch.uint8))
+        blurred = picture.filter(ImageFilter.GaussianBlur(float(parameters)))
+        return as_float(tv.pil_to_tensor(blurred))

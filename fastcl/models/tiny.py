@@ -64,7 +64,7 @@ class TinyResNet(nn.Module):
 def sine_positions(height: int, width: int, dim: int) -> Tensor:
     """Fixed positions (height · width, dim): a quarter each sin ωy, cos ωy, sin ωx, cos ωx.
 
-    ω_i = 10000^(−i/(dim/4)). Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), its code's vits.py.
+    ω_i = 10000^(−i/(dim/4)). Source: Chen et al. 2021, arXiv:2104.02057 (MoCo v3), code.
     """
     omega = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -229,8 +229,17 @@ def sgd(parameters: Iterable[tuple[str, Tensor]], lr: float, **options: Any) -> 
     return torch.optim.SGD([parameter for _, parameter in parameters], lr, **options)
 
 
+def adamw(
+    parameters: Iterable[tuple[str, Tensor]], lr: float, *, momentum: float, **options: Any
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on every parameter, as MoCo v3 trains ViTs; momentum is β₁."""
+    betas = (momentum, 0.999)
+    return torch.optim.AdamW([parameter for _, parameter in parameters], lr, betas, **options)
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": sgd,
+    "adamw": adamw,
     "lars-simclr": LARS.simclr,
     "lars-byol": LARS.byol,
     "lars-moco-v3": LARS.moco_v3,

@@ -34,7 +34,9 @@ class Config:
     blur: bool = option(True, "blur, in the lists that have one")
     epochs: int = option(200, "passes over the training images", at_least=1)
     batch_size: int = option(256, "images per step; each gives several views", at_least=2)
-    optimizer: str = option("sgd", "sgd, lars-simclr, lars-byol, lars-moco-v3, lars-dino or larc")
+    optimizer: str = option(
+        "sgd", "sgd, adamw, lars-simclr, lars-byol, lars-moco-v3, lars-dino or larc"
+    )
     lr: float = option(0.03, "peak learning rate; it is not scaled with the batch", above=0)
     sgd_momentum: float = option(0.9, "momentum of the optimizer", at_least=0)
     weight_decay: float = option(1e-4, "weight decay", at_least=0)

@@ -39,7 +39,25 @@ class Config(BaseConfig):
 
 
 class MoCoV1(Method):
-    recipes = {"paper": Config(), "quick": Config()}
+    recipes = {
+        "paper": Config(),
+        "quick": Config(
+            backbone="tiny-resnet",
+            image_size=24,
+            crop_scale=(0.3, 1.0),
+            blur=False,
+            jitter=2.0,
+            epochs=20,
+            batch_size=128,
+            optimizer="adamw",
+            lr=0.002,
+            schedule="cosine",
+            queue_size=1024,
+            momentum=0.95,  # 1,600 steps in all: the keys must follow
+            temperature=0.1,
+            bn_splits=4,
+        ),
+    }
     config: Config
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:

@@ -25,7 +25,24 @@ class Config(moco_v1.Config):
 
 
 class MoCoV2(moco_v1.MoCoV1):
-    recipes = {"paper": Config(), "quick": Config()}
+    recipes = {
+        "paper": Config(),
+        "quick": Config(
+            backbone="tiny-resnet",
+            image_size=24,
+            crop_scale=(0.3, 1.0),
+            blur=False,
+            jitter=2.0,
+            epochs=20,
+            batch_size=128,
+            optimizer="adamw",
+            lr=0.002,
+            queue_size=1024,
+            momentum=0.95,  # 1,600 steps in all: the keys must follow
+            temperature=0.1,
+            bn_splits=4,
+        ),
+    }
 
     def make_head(self, features: int, dim: int) -> nn.Module:
         return moco_v2_head(features, dim)

@@ -39,7 +39,23 @@ class Config(BaseConfig):
 
 
 class SimCLRV1(Method):
-    recipes = {"paper": Config(), "quick": Config()}
+    recipes = {
+        "paper": Config(),
+        "quick": Config(
+            backbone="tiny-resnet",
+            image_size=24,
+            crop_scale=(0.3, 1.0),
+            blur=False,
+            augmentation="simclr-v2",  # brightness times, not plus: plus whitens small pictures
+            epochs=20,
+            batch_size=128,
+            optimizer="adamw",
+            lr=0.0015,
+            weight_decay=1e-4,
+            warmup_epochs=0.5,
+            temperature=0.2,
+        ),
+    }
     config: Config
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:

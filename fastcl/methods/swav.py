@@ -64,7 +64,31 @@ class Config(BaseConfig):
 
 
 class SwAV(Method):
-    recipes = {"paper": Config(), "quick": Config()}
+    recipes = {
+        "paper": Config(),
+        "quick": Config(
+            backbone="tiny-resnet",
+            image_size=24,
+            crop_scale=(0.3, 1.0),
+            blur=False,
+            epochs=16,
+            batch_size=128,
+            optimizer="adamw",
+            lr=0.003,
+            weight_decay=1e-4,
+            warmup_epochs=0.5,
+            start_lr=0.0,
+            final_lr=1e-5,
+            small_crops=2,
+            small_size=14,
+            small_scale=(0.1, 0.3),
+            hidden=256,
+            dim=64,
+            prototypes=40,  # few classes
+            epsilon=0.03,
+            freeze_epochs=0.1,
+        ),
+    }
     config: Config
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:

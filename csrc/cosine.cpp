@@ -7,6 +7,7 @@
 // Forward reads each row once; backward reads it twice, the second time from L1.
 // Plain version: fastcl/reference/cosine.py. Triton twin: kernels/cosine.py.
 #include "ops.h"
+#include "pages.h"
 
 namespace fastcl {
 namespace {
@@ -35,9 +36,10 @@ Products products(const T* p, const T* t, int64_t d) {
 // out = x · a + y · b
 template <class T>
 void combine(const T* x, float a, const T* y, float b, T* out, int64_t d) {
-  const F va = broadcast(a), vb = broadcast(b);
-  for (int64_t k = 0; k < d; k += LANES)
-    store(out + k, fma(load(x + k, d - k), va, load(y + k, d - k) * vb), d - k);
+  auto sum_of = [&](F u, F v) { return fma(u, broadcast(a), v * b); };
+  int64_t k = 0;
+  for (; k + LANES <= d; k += LANES) store(out + k, sum_of(load(x + k), load(y + k)));
+  if (k < d) store(out + k, sum_of(load(x + k, d - k), load(y + k, d - k)), d - k);
 }
 
 }  // namespace
@@ -64,6 +66,8 @@ void cosine_backward(const float* grad, const void* prediction, const void* targ
     const auto* p = static_cast<T>(const_cast<void*>(prediction));
     const auto* t = static_cast<T>(const_cast<void*>(target));
     T dp = static_cast<T>(grad_prediction), dt = static_cast<T>(grad_target);
+    for (T grad_x : {dp, dt})
+      if (grad_x) ask_for_huge_pages(grad_x, n * d * int64_t(sizeof *grad_x));
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * d > 16384)
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = i * d;

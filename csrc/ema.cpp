@@ -23,7 +23,8 @@ void mix(T* target, const S* source, int64_t count, double momentum) {
   const F weight = broadcast(float(near_target ? 1 - momentum : -momentum));
   auto mixed = [&](F t, F s) { return fma(weight, s - t, near_target ? t : s); };
   int64_t k = 0;
-  for (; k + LANES <= count; k += LANES) store(target + k, mixed(load(target + k), load(source + k)));
+  for (; k + LANES <= count; k += LANES)
+    store(target + k, mixed(load(target + k), load(source + k)));
   if (k < count)
     store(target + k, mixed(load(target + k, count - k), load(source + k, count - k)), count - k);
 }
@@ -37,6 +38,10 @@ void ema_update(const std::vector<int64_t>& targets, const std::vector<int64_t>&
   std::vector<int64_t> start(count + 1, 0);  // of each tensor in the whole range
   for (size_t i = 0; i < count; ++i) start[i + 1] = start[i] + sizes[i];
   const int64_t total = start[count];
+  std::vector<int64_t> sorted =
+      targets;  // a tensor that is in the list twice moves twice, in order
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (total > CHUNK)
   for (int64_t chunk = 0; chunk < total; chunk += CHUNK) {
     const int64_t stop = std::min(chunk + CHUNK, total);

@@ -22,7 +22,8 @@ void copy(Q* queue, const K* keys, int64_t count, int threads) {
     if constexpr (std::is_same_v<Q, K>) {  // bits, so that a NaN keeps its payload
       std::memcpy(queue + chunk, keys + chunk, size_t(stop - chunk) * sizeof(Q));
     } else {
-      for (int64_t k = chunk; k < stop; k += LANES) store(queue + k, load(keys + k, stop - k), stop - k);
+      for (int64_t k = chunk; k < stop; k += LANES)
+        store(queue + k, load(keys + k, stop - k), stop - k);
     }
   }
 }

@@ -28,9 +28,9 @@
 namespace fastcl {
 namespace {
 
-constexpr int64_t TILE = 8;        // rows that share one look at the columns' maxima
+constexpr int64_t TILE = 8;  // rows that share one look at the columns' maxima
 constexpr int64_t MAX_BLOCKS = 128;
-constexpr float LOWEST = -1e30f;   // below any score, and its products stay finite
+constexpr float LOWEST = -1e30f;  // below any score, and its products stay finite
 
 // log2 e / ε in two floats: at S/ε = 1000 the rounding of one would cost three digits of Q.
 // Both are positive, so that a score of −∞ stays one.
@@ -63,7 +63,8 @@ void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float
     for (int64_t j = 0; j < k; j += LANES) {
       const T* s = S + i * k + j;
       F x[TILE], highest = broadcast(LOWEST);
-      for (int64_t r = 0; r < tile; ++r) x[r] = load(s + r * k, k - j), highest = max(highest, x[r]);
+      for (int64_t r = 0; r < tile; ++r)
+        x[r] = load(s + r * k, k - j), highest = max(highest, x[r]);
       const F old = load(top + j), m = max(old, highest * c.high);
       F sum = load(total + j) * exp2(old - m);
       for (int64_t r = 0; r < tile; ++r) sum += exp2(exponent(x[r], c, m));
@@ -113,13 +114,14 @@ struct Sinkhorn {
   int threads;
 
   int64_t width = (k + 15) / 16 * 16;  // K, padded to the widest vector
-  int64_t block = std::max<int64_t>(32, ((n + MAX_BLOCKS - 1) / MAX_BLOCKS + TILE - 1) / TILE * TILE);
+  int64_t block =
+      std::max<int64_t>(32, ((n + MAX_BLOCKS - 1) / MAX_BLOCKS + TILE - 1) / TILE * TILE);
   int64_t blocks = (n + block - 1) / block;
 
   Scratch memory{sizeof(float) * size_t(width * (2 + threads + 2 * blocks) + n)};
-  float* m = memory.as<float>();  // (K,)
-  float* a = m + width;           // (K,): u_k = a_k 2^−m_k
-  float* y = a + width;           // (threads, K): a row
+  float* m = memory.as<float>();            // (K,)
+  float* a = m + width;                     // (K,): u_k = a_k 2^−m_k
+  float* y = a + width;                     // (threads, K): a row
   float* partial = y + width * threads;     // (blocks, 2, K) or (blocks, K): column sums
   float* r = partial + 2 * width * blocks;  // (N,): v_n ≈ 2^−r_n
 

@@ -38,7 +38,7 @@ from fastcl.kernels._tiles import (
 ONE_EXPONENTIAL_RANGE = tl.constexpr(80.0)
 
 # With more features than this a block of x beside a block of u would not fit the registers.
-FUSED_FEATURES = 128
+FUSED_FEATURES = 64
 
 Weights = tuple[torch.Tensor, torch.Tensor]  # a log-sum-exp and its gradient
 
@@ -471,7 +471,7 @@ def gradient(
             *other, y_factor, bounds, offset, weight, folded, ny, padded, side,
             NORMALIZE=normalize, USE_BOUNDS=bounds is not None, BLOCK=512, num_warps=4,
         )  # fmt: skip
-    row = configs.pick("similarity_gradient", x, d)
+    row = configs.pick("similarity_gradient", x, d, ids=x_ids is not None)
     row["BLOCK_D"] = configs.block_of(d, row["BLOCK_D"])
     row["BLOCK_V"] = configs.block_of(d, row["BLOCK_V"])
     features = triton.cdiv(d, row["BLOCK_V"])
@@ -515,7 +515,7 @@ def mean(
     device = query.device
     normalize = query_factor is not None
     bounds = weights_bounds(None, None, query, key, query_factor, key_factor)
-    row = configs.pick("similarity_mean", query, d)
+    row = configs.pick("similarity_mean", query, d, ids=query_ids is not None)
     row["BLOCK_D"] = configs.block_of(d, row["BLOCK_D"])
     row["BLOCK_V"] = configs.block_of(d, row["BLOCK_V"])
     features = triton.cdiv(d, row["BLOCK_V"])

@@ -40,40 +40,61 @@ def _rows(kernel: str, arch: Target, size: int, columns: str, *values: tuple[int
 LSE = "bucket BLOCK_N BLOCK_M BLOCK_D num_warps num_stages"
 SUM = "bucket BLOCK_X BLOCK_Y BLOCK_D BLOCK_V num_warps num_stages"
 
-# Forward: at least two blocks on a multiprocessor, because only another block's products overlap
-# with a block's exponentials; then as many rows kept as that allows.
+# Forward: at least two blocks on a multiprocessor where they fit, because only another block's
+# products overlap with a block's exponentials; then as many rows kept as that allows.
 # Sums: the accumulator (BLOCK_X, BLOCK_V) and the scores (BLOCK_X, BLOCK_Y) share the registers.
+# Rows named _ids serve the launches with ids, whose 64-bit vectors need registers of their own.
 TABLE: Table = {}
-for _arch in (80, 86):
-    TABLE |= _rows("similarity_rows", _arch, 2, LSE,
-        (128, 128, 64, 128, 8, 2), (256, 64, 64, 256, 4, 2), (LARGE, 128, 64, 64, 8, 2))  # fmt: skip
-    TABLE |= _rows("similarity_pairs", _arch, 2, LSE,
-        (128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
-    TABLE |= _rows("similarity_gradient", _arch, 2, SUM,
-        (128, 64, 64, 128, 128, 4, 2), (256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 128, 4, 2))  # fmt: skip
-TABLE |= _rows("similarity_rows", 90, 2, LSE,
-    (128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 64, 64, 8, 2))  # fmt: skip
-TABLE |= _rows("similarity_pairs", 90, 2, LSE,
-    (128, 64, 128, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
-TABLE |= _rows("similarity_gradient", 90, 2, SUM,
-    (128, 64, 64, 128, 128, 4, 2), (256, 128, 32, 256, 256, 8, 2), (LARGE, 128, 32, 64, 256, 8, 2))  # fmt: skip
-TABLE |= _rows("similarity_rows", 100, 2, LSE,
-    (128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 64, 64, 8, 2))  # fmt: skip
-TABLE |= _rows("similarity_pairs", 100, 2, LSE,
-    (128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
-TABLE |= _rows("similarity_gradient", 100, 2, SUM,
-    (128, 64, 64, 128, 128, 4, 2), (256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 32, 64, 256, 4, 2))  # fmt: skip
+for _arch in (80, 86):  # 86 has less shared memory: 99 KB are enough for these
+    TABLE |= _rows(
+        *("similarity_rows", _arch, 2, LSE),
+        *((128, 128, 64, 128, 8, 2), (256, 64, 64, 256, 4, 2), (LARGE, 128, 64, 64, 8, 2)),
+    )
+    TABLE |= _rows(
+        *("similarity_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
+        *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 128, 4, 2)),
+    )
+for _arch in (90, 100):
+    TABLE |= _rows(
+        *("similarity_rows", _arch, 2, LSE),
+        *((128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 64, 64, 8, 2)),
+    )
+TABLE |= _rows(
+    *("similarity_gradient", 90, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
+    *((256, 128, 32, 256, 256, 8, 2), (LARGE, 128, 32, 64, 256, 8, 2)),
+)
+TABLE |= _rows(
+    *("similarity_gradient", 100, 2, SUM, (128, 128, 64, 128, 128, 8, 2)),
+    *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 32, 64, 256, 4, 2)),
+)
 for _arch in (80, 86, 90, 100):
-    TABLE |= _rows("similarity_diagonal", _arch, 2, LSE,
-        (128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2))  # fmt: skip
+    _m = 128 if _arch == 90 else 64
+    TABLE |= _rows(
+        *("similarity_pairs", _arch, 2, LSE, (128, 64, _m, 128, 4, 2)),
+        *((256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2)),
+    )
+    _warps = 8 if _arch == 100 else 4
+    TABLE |= _rows(
+        *("similarity_pairs_ids", _arch, 2, LSE, (128, 64, 64, 128, 4, 2)),
+        *((256, 64, 64, 256, _warps, 2), (LARGE, 64, 64, 64, _warps, 2)),
+    )
+    TABLE |= _rows(
+        *("similarity_gradient_ids", _arch, 2, SUM, (128, 64, 32, 128, 128, 4, 2)),
+        (LARGE, 64, 32, 64, 128, 4, 2),
+    )
+    # The squares on the diagonal: as small as the smallest tile of the pairs.
+    TABLE |= _rows(
+        *("similarity_diagonal", _arch, 2, LSE),
+        *((128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2)),
+    )
     # float32: exact products do not run on tensor cores, and an element takes twice the room.
     for _kernel in ("similarity_rows", "similarity_pairs", "similarity_diagonal"):
-        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 64, 32, 4, 2))
-    TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 64, 32, 32, 128, 4, 2))
+        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 64, 32, 8, 2))
+    TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 32, 32, 32, 128, 4, 2))
 TABLE |= {
-    ("similarity_mean", *key[1:]): dict(row)
+    (key[0].replace("gradient", "mean"), *key[1:]): dict(row)
     for key, row in TABLE.items()
-    if key[0] == "similarity_gradient"
+    if key[0].startswith("similarity_gradient")
 }
 
 # Bytes of shared memory that one block may ask for.
@@ -148,9 +169,15 @@ def assert_supported(*tensors: torch.Tensor) -> None:
         )
 
 
-def pick(kernel: str, tensor: torch.Tensor, d: int = 0) -> Row:
-    """The launch options of a kernel for tensor's device and element size, and for D features."""
-    row = find(kernel, target(tensor), d, tensor.element_size())
+def pick(kernel: str, tensor: torch.Tensor, d: int = 0, *, ids: bool = False) -> Row:
+    """The launch options of a kernel for tensor's device and element size, and for D features.
+
+    ids: prefer the rows of kernel_ids where there are some.
+    """
+    where, size = target(tensor), tensor.element_size()
+    named = {name for name, *_, element in TABLE if element == size}
+    chosen = f"{kernel}_ids" if ids and f"{kernel}_ids" in named else kernel
+    row = {**find(chosen, where, d, size), **_overrides.get(kernel, {})}
     return {name: value for name, value in row.items() if name != "measured"}
 
 
@@ -165,7 +192,7 @@ def find(kernel: str, where: Target, d: int, element_size: int) -> Row:
     arch = _nearest({arch for arch, _ in candidates}, where)
     buckets = sorted(bucket for a, bucket in candidates if a == arch)
     bucket = next((b for b in buckets if b >= d), buckets[-1])
-    return {**candidates[arch, bucket], **_overrides.get(kernel, {})}
+    return dict(candidates[arch, bucket])
 
 
 def _nearest(archs: set[Target], where: Target) -> Target:

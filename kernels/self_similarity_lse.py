@@ -32,8 +32,8 @@ def forward(
     device = z.device
     factor = row_factors(z) if normalize else None
     both = dict(NORMALIZE=normalize, HAS_IDS=ids is not None, SELF=True)
-    options = similarity_lse.options_of("similarity_pairs", z)
-    diagonal = similarity_lse.options_of("similarity_diagonal", z)
+    options = similarity_lse.options_of("similarity_pairs", z, ids is not None)
+    diagonal = similarity_lse.options_of("similarity_diagonal", z, ids is not None)
     tile = options["BLOCK_M"]
     per_tile = tile // options["BLOCK_N"]
     all_tiles = triton.cdiv(n, tile)

@@ -313,10 +313,10 @@ def chunk_of(x: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
     return triton.cdiv(columns, chunk), chunk
 
 
-def options_of(kernel: str, x: torch.Tensor) -> dict[str, Any]:
+def options_of(kernel: str, x: torch.Tensor, ids: bool) -> dict[str, Any]:
     """The launch options of a kernel of this file for operands like x (N, D)."""
     d = x.shape[1]
-    row = configs.pick(kernel, x, d)
+    row = configs.pick(kernel, x, d, ids=ids)
     row["BLOCK_D"] = block_d = configs.block_of(d, row["BLOCK_D"])
     return dict(
         row,
@@ -364,7 +364,7 @@ def finish(
         NORMALIZE=factors[0] is not None, HAS_IDS=ids[0] is not None, EVEN_D=d % block_d == 0,
         PRECISION=configs.input_precision(x),
         TILE=tile, BLOCK=block, BLOCK_Y=block, BLOCK_D=block_d, PARTS=16,
-        BLOCKS_PER_TILE=blocks_per_tile, num_warps=4, num_stages=1,
+        BLOCKS_PER_TILE=blocks_per_tile, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def _rows(
     query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor, factors: Pair, ids: Pair
 ) -> torch.Tensor:
     (n, d), m = query.shape, key.shape[0]
-    options = options_of("similarity_rows", query)
+    options = options_of("similarity_rows", query, ids[0] is not None)
     blocks = triton.cdiv(n, options["BLOCK_N"])
     chunks, chunk = chunk_of(query, blocks, triton.cdiv(m, options["BLOCK_M"]))
     part = torch.empty(chunks, n, dtype=torch.float32, device=query.device)
@@ -390,7 +390,7 @@ def _rows_and_columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (n, d), m = query.shape, key.shape[0]
     device = query.device
-    options = options_of("similarity_pairs", query)
+    options = options_of("similarity_pairs", query, ids[0] is not None)
     tile = options["BLOCK_M"]
     blocks = triton.cdiv(n, options["BLOCK_N"])
     row_lse = torch.empty(n, dtype=torch.float32, device=device)

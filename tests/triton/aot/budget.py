@@ -6,19 +6,21 @@
     assert_within_budget(report)
 
 Nothing is restated: signature, alignment, constexprs and launch options are those of the real
-launch. Registers and spills come from running ptxas as Triton does, with -v (Triton throws that log
-away, and with it the warning that wgmma instructions were serialised); instructions from cuobjdump.
+launch. Registers and spills come from the log of ptxas -v, which Triton throws away, and with it
+the warning that wgmma instructions were serialised; instructions from cuobjdump.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,7 @@ class Compiled:
     target: configs.Target
     kernel: Any  # triton.compiler.CompiledKernel
     options: dict[str, Any]  # the constexprs and launch options given by keyword
+    log: str  # what ptxas said; empty where Triton took the kernel from its cache
 
 
 @contextlib.contextmanager
@@ -103,14 +106,16 @@ def compiling_for(target: configs.Target) -> Iterator[list[Compiled]]:
     original = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         options = {k: v for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
-        compiled.append(Compiled(self.fn.__name__, target, kernel, options))
+        compiled.append(Compiled(self.fn.__name__, target, kernel, options, log.getvalue()))
         return kernel
 
     saved = configs.target, configs.multiprocessors
-    saved_driver = triton.runtime.driver._active
+    saved_driver, saved_dump = triton.runtime.driver._active, knobs.nvidia.dump_ptxas_log
     triton.runtime.driver.set_active(_CompileOnly(target))
+    knobs.nvidia.dump_ptxas_log = True
     JITFunction.run = run
     configs.target = lambda tensor: target
     configs.multiprocessors = lambda tensor: MULTIPROCESSORS[target]
@@ -120,6 +125,7 @@ def compiling_for(target: configs.Target) -> Iterator[list[Compiled]]:
         JITFunction.run = original
         configs.target, configs.multiprocessors = saved
         triton.runtime.driver._active = saved_driver
+        knobs.nvidia.dump_ptxas_log = saved_dump
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,8 @@ def examine(compiled: Compiled) -> Report:
     if isinstance(compiled.target, str):
         facts = _amd_facts(kernel.asm["amdgcn"])
     else:
-        facts = _nvidia_facts(kernel.asm["ptx"], compiled.target)
+        log = compiled.log or _ptxas_log(kernel.asm["ptx"], compiled.target)
+        facts = _nvidia_facts(log, kernel.asm["cubin"])
     return Report(
         name=compiled.name,
         target=compiled.target,
@@ -204,27 +211,34 @@ def examine(compiled: Compiled) -> Report:
     )
 
 
-def _tool(name: str) -> str:
-    return getattr(knobs.nvidia, name).path
-
-
-def _nvidia_facts(ptx: str, arch: int) -> dict[str, Any]:
+def _ptxas_log(ptx: str, arch: int) -> str:
+    """What ptxas says when it is called as Triton calls it."""
+    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        log = subprocess.run(
+        return subprocess.run(
             [
-                _tool("ptxas_blackwell" if arch >= 100 else "ptxas"),
-                *("-v", "-lineinfo", "--regAllocOptLevel=2"),  # as Triton calls it
+                *(tool.path, "-v", "-lineinfo", "--regAllocOptLevel=2"),
                 f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
-                *(str(source), "-o", str(cubin)),
+                *(str(source), "-o", f"{source}.cubin"),
             ],
             capture_output=True,
             text=True,
             check=True,
         ).stderr
+
+
+@lru_cache(maxsize=256)
+def _nvidia_facts(log: str, cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
         listing = subprocess.run(
-            [_tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True
+            [knobs.nvidia.cuobjdump.path, "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     number = lambda pattern: sum(map(int, re.findall(pattern, log)))  # noqa: E731
     instructions = _parse_sass(listing)

@@ -3,9 +3,9 @@
     image = light · (α · foreground + (1 − α) · background),      α = grey/255, flipped and moved
 
 Each image draws its own hue, two tones of that hue (foreground and background, whose lumas differ
-by a quarter of the range or more, either one the brighter), a light that falls off in some direction,
-a flip, and a shift of up to 4 pixels. None of it says anything of the class, and all of it is what
-crops, flips and colour jitter undo: weighted kNN on raw pixels falls from 81 % to 37 %.
+by a quarter of the range or more, either one the brighter), a light that falls off in some
+direction, a flip, and a shift of up to 4 pixels. None of it says anything of the class,
+and crops, flips and colour jitter undo it. Weighted kNN on raw pixels falls from 81 % to 37 %.
 
 It is integer arithmetic on the frozen stream of numpy.random.RandomState (NEP 19), so the bytes are
 the same everywhere. make_fashion.py makes the archive of grey images.

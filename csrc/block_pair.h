@@ -1,8 +1,8 @@
 // One block of rows against one block of columns: what similarity_lse and self_similarity_lse share.
 //
-//   s_ij = t · log2 e · q̂_i·k̂_j        a strip of rows at a time, used while it is in L1
-//   forward    Σ_j exp2 s_ij, Σ_i exp2 s_ij, Σ_j exp2(s_ij) k̂_j
-//   backward   W_ij = g_i exp2(s_ij − a_i) + h_j exp2(s_ij − b_j);   dq += W k̂,   dk += Wᵀ q̂
+//   s_ij = t · q̂_i·k̂_j        a strip of rows at a time, used while it is in L1
+//   forward    Σ_j exp s_ij, Σ_i exp s_ij, Σ_j exp(s_ij) k̂_j
+//   backward   W_ij = g_i exp(s_ij − a_i) + h_j exp(s_ij − b_j);   dq += W k̂,   dk += Wᵀ q̂
 //
 // A block of W stays in L2 between the exponentials and the products.
 #pragma once
@@ -71,11 +71,11 @@ struct Pass {
   Layout query, key;
   const int64_t* query_ids;  // (N,) and (M,): pairs with equal ids are left out; or null
   const int64_t* key_ids;
-  float scale2;  // t · log2 e
+  float scale;  // s = scale · q̂·k̂: t, or t · log2 e for those who work in base 2
   bool self;     // key is query; j ≤ i is left out of a block paired with itself
 
   bool bounded(const Block& q, const Block& k) const {
-    return std::fabs(scale2) * q.bound * k.bound <= BOUND;
+    return std::fabs(scale) * q.bound * k.bound <= BOUND;
   }
   bool diagonal(const Block& q, const Block& k) const { return self && q.first == k.first; }
   // Losses number their pairs in ascending order: then few blocks can hold equal ids, and only those
@@ -142,14 +142,14 @@ inline void merge(Sums total, Sums part, int64_t count, float* old_factor = null
     const F old = load(total.maximum + c), l = load(part.sum + c);
     // A bounded strip without pairs has maximum 0, which must not push out a low true one.
     const F m = l == 0 ? broadcast(NO_MAXIMUM) : load(part.maximum + c);
-    const F top = max(old, m), a = exp2(old - top), b = exp2(m - top);
+    const F top = max(old, m), a = exp(old - top), b = exp(m - top);
     store(total.sum + c, fma(load(total.sum + c), a, l * b));
     store(total.maximum + c, top);
     if (old_factor) store(old_factor + c, a), store(part_factor + c, b);
   }
 }
 
-// The block pair's sums into `rows` and, with COLUMNS, `columns` (cleared). KEEP leaves exp2(s) in
+// The block pair's sums into `rows` and, with COLUMNS, `columns` (cleared). KEEP leaves exp(s) in
 // the workspace as A of a product.
 template <bool PAIRED, bool COLUMNS, bool KEEP>
 inline void forward_pair(const Pass& pass, const Block& q, const Block& k, const Workspace& work,
@@ -181,6 +181,21 @@ inline void forward_pair(const Pass& pass, const Block& q, const Block& k, const
       });
 }
 
+// A strip of W in the layouts that times_keys and times_queries read; floats are there already.
+template <bool PAIRED>
+inline void keep_weights(const Block& q, const Block& k, const Workspace& work, const float* s,
+                         int64_t r0, int64_t count, int64_t begin, int64_t end, bool need_query,
+                         bool need_key) {
+#if defined(__AVX512BF16__)
+  if (PAIRED && need_query)
+    pack_rows(s, W_ROW, count, begin, end, k.factor, work.w_rows + r0 * (W_ROW / 2), W_ROW / 2);
+  if (PAIRED && need_key)
+    pack_pairs(s, W_ROW, count, begin, end, q.factor + r0, work.w_pairs + r0 / 2 * W_ROW, W_ROW);
+#endif
+  (void)q, (void)k, (void)work, (void)s, (void)r0, (void)count, (void)begin, (void)end;
+  (void)need_query, (void)need_key;
+}
+
 // s ← W for a block pair, in the layouts that the products need.
 template <bool PAIRED, bool OF_ROWS, bool OF_COLUMNS>
 inline void weights_pair(const Pass& pass, const Block& q, const Block& k, const Workspace& work,
@@ -202,14 +217,8 @@ inline void weights_pair(const Pass& pass, const Block& q, const Block& k, const
         else
           in_groups(count, [&](int64_t r) { weigh_rows(std::false_type{}, six, r); },
                     [&](int64_t r) { weigh_rows(std::false_type{}, one, r); });
-#if defined(__AVX512BF16__)
-        if (PAIRED && need_query)
-          pack_rows(s, W_ROW, count, begin, end, k.factor, work.w_rows + r0 * (W_ROW / 2), W_ROW / 2);
-        if (PAIRED && need_key)
-          pack_pairs(s, W_ROW, count, begin, end, q.factor + r0, work.w_pairs + r0 / 2 * W_ROW, W_ROW);
-#endif
+        keep_weights<PAIRED>(q, k, work, s, r0, count, begin, end, need_query, need_key);
       });
-  (void)need_query, (void)need_key;
 }
 
 // sums (panels, block, NR) = or += W k̂, from the weights in the workspace.

@@ -16,14 +16,14 @@ inline int threads_for(int64_t multiply_adds, int threads) {
 template <class T>
 class Matrix {
  public:
-  Matrix(const Layout& layout, int parts, const T* x, float scale2, int threads)
+  Matrix(const Layout& layout, int parts, const T* x, float scale, int threads)
       : size_(up(packed_size(layout, parts), 16)),
         memory_(size_t(layout.blocks() * size_ + threads * up(packing_size(layout), 16)) * 4),
         blocks_(size_t(layout.blocks())) {
     float* memory = memory_.template as<float>();
     float* work = memory + layout.blocks() * size_;
     in_order(layout.blocks(), threads, [&](int64_t b, int thread) {
-      blocks_[size_t(b)] = pack_block(layout, parts, x, b, scale2, memory + b * size_,
+      blocks_[size_t(b)] = pack_block(layout, parts, x, b, scale, memory + b * size_,
                                       work + thread * up(packing_size(layout), 16));
     });
   }
@@ -48,7 +48,7 @@ class Totals {
     const Sums total = all();
     for (int64_t i = 0; i < n; ++i) {
       const float l = total.sum[i];
-      out[i] = l == 0 ? -INF : float(total.maximum[i] * 0.693147180559945309417 + std::log(l));
+      out[i] = l == 0 ? -INF : total.maximum[i] + std::log(l);
     }
   }
 
@@ -58,7 +58,7 @@ class Totals {
   Scratch memory_;
 };
 
-// g_i and lse_i as the weights of W_ij = g_i exp2(s_ij − lse_i log2 e).
+// g_i and lse_i as the weights of W_ij = g_i exp(s_ij − lse_i).
 class GradWeights {
  public:
   GradWeights(const Layout& layout, const float* grad, const float* lse)
@@ -67,11 +67,10 @@ class GradWeights {
     float* out = memory_.as<float>();
     std::fill_n(out, 3 * padded_, 0.0f);
     for (int64_t i = 0; i < layout.n; ++i) {
-      const float shift = lse[i] * LOG2E;
       if (lse[i] == -INF) continue;  // a row with nothing in it: weight 0
-      out[i] = grad[i], out[padded_ + i] = shift;
-      // Below −126 the row has no pair in any bounded block, whose scores are at least −BOUND.
-      out[2 * padded_ + i] = shift < -126 ? 0 : grad[i] * std::exp2(-shift);
+      out[i] = grad[i], out[padded_ + i] = lse[i];
+      // Below −80 the row has no pair in any bounded block, whose scores are at least −BOUND.
+      out[2 * padded_ + i] = lse[i] < -80 ? 0 : grad[i] * std::exp(-lse[i]);
     }
   }
   Weights weights() const {

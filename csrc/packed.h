@@ -1,7 +1,7 @@
 // Rows of a matrix, normalised and laid out in blocks for the products of gemm.h.
 //
 //   left    (chunks, block, NR)     words of x̂ along the features: A of the scores
-//   right   (block / NR, words, NR) the same, transposed, times t · log2 e: B of the scores
+//   right   (block / NR, words, NR) the same, transposed, times t: B of the scores
 //   values  (panels, block, NR)     features along NR: B of the gradients (for floats: left itself)
 //
 // A word is a float, or (PAIRED, with bfloat16 instructions) two bfloat16 neighbours along the summed
@@ -67,7 +67,9 @@ struct Layout {
   int64_t left_size() const { return chunks() * block * NR; }
   int64_t right_size() const { return words() * block; }
   int64_t values_size() const { return paired ? panels() * block / 2 * NR : 0; }
-  int64_t sums_size() const { return panels() * block * NR; }  // a block's gradient, (panels, block, NR)
+  int64_t sums_size() const {
+    return panels() * block * NR;
+  }  // a block's gradient, (panels, block, NR)
 };
 
 // What a block of rows is packed for.
@@ -78,7 +80,7 @@ struct Block {
   const float* right = nullptr;
   const float* values = nullptr;
   const float* factor = nullptr;        // (block,), PAIRED only
-  const float* right_factor = nullptr;  // (block,) factor · t · log2 e, PAIRED only
+  const float* right_factor = nullptr;  // (block,) factor · t, PAIRED only
   float bound = 0;                      // the largest ‖x̂_i‖
   int64_t first = 0, rows = 0;
 };
@@ -107,12 +109,23 @@ inline float norm(const T* x, int64_t d) {
   return std::sqrt(sum(even + odd));
 }
 
+typedef float Q __attribute__((vector_size(16)));
+
+// Four words, each by its index in a (0 to 3) followed by b (4 to 7).
+template <int... INDEX>
+inline Q shuffle(Q a, Q b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, INDEX...);
+#else
+  typedef int32_t P __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, P{INDEX...});
+#endif
+}
+
 // to (k, NR) = from (NR rows, `row` words apart) transposed, times scale when it is given.
 template <bool SCALED>
 inline void transpose(const float* from, int64_t row, int64_t words, float scale, float* to) {
   // 4 × 4 words at a time: quarter-line stores, no gathers.
-  typedef float Q __attribute__((vector_size(16)));
-  typedef int32_t P __attribute__((vector_size(16)));
   int64_t k = 0;
   for (; k + 4 <= words; k += 4)
     for (int c = 0; c < NR; c += 4) {
@@ -121,22 +134,22 @@ inline void transpose(const float* from, int64_t row, int64_t words, float scale
         std::memcpy(&r[i], from + (c + i) * row + k, sizeof(Q));
         if (SCALED) r[i] *= scale;
       }
-      const Q a = __builtin_shuffle(r[0], r[1], P{0, 4, 1, 5});
-      const Q b = __builtin_shuffle(r[0], r[1], P{2, 6, 3, 7});
-      const Q e = __builtin_shuffle(r[2], r[3], P{0, 4, 1, 5});
-      const Q f = __builtin_shuffle(r[2], r[3], P{2, 6, 3, 7});
-      const Q out[4] = {
-          __builtin_shuffle(a, e, P{0, 1, 4, 5}), __builtin_shuffle(a, e, P{2, 3, 6, 7}),
-          __builtin_shuffle(b, f, P{0, 1, 4, 5}), __builtin_shuffle(b, f, P{2, 3, 6, 7})};
+      const Q a = shuffle<0, 4, 1, 5>(r[0], r[1]);
+      const Q b = shuffle<2, 6, 3, 7>(r[0], r[1]);
+      const Q e = shuffle<0, 4, 1, 5>(r[2], r[3]);
+      const Q f = shuffle<2, 6, 3, 7>(r[2], r[3]);
+      const Q out[4] = {shuffle<0, 1, 4, 5>(a, e), shuffle<2, 3, 6, 7>(a, e),
+                        shuffle<0, 1, 4, 5>(b, f), shuffle<2, 3, 6, 7>(b, f)};
       for (int i = 0; i < 4; ++i) std::memcpy(to + (k + i) * NR + c, &out[i], sizeof(Q));
     }
   for (; k < words; ++k)
-    for (int c = 0; c < NR; ++c) to[k * NR + c] = SCALED ? from[c * row + k] * scale : from[c * row + k];
+    for (int c = 0; c < NR; ++c)
+      to[k * NR + c] = SCALED ? from[c * row + k] * scale : from[c * row + k];
 }
 
-// Packs block b of x (n, d) into `memory`, with `work` for NR rows; scale2 = t · log2 e.
+// Packs block b of x (n, d) into `memory`, with `work` for NR rows; scale = t.
 template <class T>
-inline Block pack_block(const Layout& layout, int parts, const T* x, int64_t b, float scale2,
+inline Block pack_block(const Layout& layout, int parts, const T* x, int64_t b, float scale,
                         float* memory, float* work) {
   constexpr bool PAIRED = is_paired<T>();
   if (!PAIRED && (parts & VALUES)) parts |= LEFT;
@@ -163,10 +176,9 @@ inline Block pack_block(const Layout& layout, int parts, const T* x, int64_t b, 
       if constexpr (PAIRED) {
         const bool ordinary = layout.normalize && length > 0 && length < INF;
         const float power = ordinary ? std::ldexp(1.0f, -std::max(std::ilogb(length), -100)) : 1.0f;
-        factor[r0 + r] = inverse / power, right_factor[r0 + r] = inverse / power * scale2;
+        factor[r0 + r] = inverse / power, right_factor[r0 + r] = inverse / power * scale;
         BFloat16* to = reinterpret_cast<BFloat16*>(row);
-        for (int64_t k = 0; k < d; k += LANES)
-          store(to + k, load(from + k, d - k) * power, d - k);
+        for (int64_t k = 0; k < d; k += LANES) store(to + k, load(from + k, d - k) * power, d - k);
       } else {
         for (int64_t k = 0; k < d; k += LANES)
           store(row + k, load(from + k, d - k) * inverse, d - k);
@@ -179,7 +191,7 @@ inline Block pack_block(const Layout& layout, int parts, const T* x, int64_t b, 
           const float* from = work + r * row_words + chunk * NR;
           store(to, load(from)), store(to + LANES, load(from + LANES));
         }
-    if (parts & RIGHT) transpose<!PAIRED>(work, row_words, words, scale2, right + r0 * words);
+    if (parts & RIGHT) transpose<!PAIRED>(work, row_words, words, scale, right + r0 * words);
     if (PAIRED && (parts & VALUES))
       for (int64_t panel = 0; panel < layout.panels(); ++panel)
         for (int64_t r = 0; r < NR; r += 2) {

@@ -15,7 +15,7 @@ namespace {
 
 Pass pass_of(int64_t n, int64_t d, bool paired, bool normalize, const int64_t* ids, float scale) {
   const Layout layout{n, d, block_rows(n, d), paired, normalize};
-  return {layout, layout, ids, ids, scale * LOG2E, true};
+  return {layout, layout, ids, ids, scale, true};
 }
 
 template <class T>
@@ -24,7 +24,7 @@ void forward(const T* z, float scale, const int64_t* ids, float* lse, int64_t n,
   constexpr bool PAIRED = is_paired<T>();
   const Pass pass = pass_of(n, d, PAIRED, normalize, ids, scale);
   const Triangle triangle{pass.query.blocks()};
-  const Matrix<T> packed(pass.query, LEFT | RIGHT, z, pass.scale2, threads);
+  const Matrix<T> packed(pass.query, LEFT | RIGHT, z, pass.scale, threads);
   const Workspaces workspaces(threads, PAIRED, 0, 0, 0);
   const Totals totals(pass.query);
   Turns turns(pass.query.blocks());
@@ -57,7 +57,7 @@ void backward(const float* grad, const T* z, float scale, const int64_t* ids, co
   const Pass pass = pass_of(n, d, PAIRED, normalize, ids, scale);
   const Layout& layout = pass.query;
   const Triangle triangle{layout.blocks()};
-  const Matrix<T> packed(layout, LEFT | RIGHT | VALUES, z, pass.scale2, threads);
+  const Matrix<T> packed(layout, LEFT | RIGHT | VALUES, z, pass.scale, threads);
   const Workspaces workspaces(threads, PAIRED, 0, 0, 0);
   const GradWeights g(layout, grad, lse);
   const Scratch sums(size_t(layout.blocks() * layout.sums_size()) * 4);  // Σ_j W_ij ẑ_j

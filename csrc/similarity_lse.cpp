@@ -23,7 +23,7 @@ Pass pass_of(int64_t n, int64_t m, int64_t d, bool paired, bool normalize,
              const int64_t* query_ids, const int64_t* key_ids, float scale) {
   const Layout query{n, d, block_rows(n, d), paired, normalize};
   const Layout key{m, d, block_rows(m, d), paired, normalize};
-  return {query, key, query_ids, key_ids, scale * LOG2E, false};
+  return {query, key, query_ids, key_ids, scale, false};
 }
 
 // Running means beside the totals: numerators (blocks, panels, block, NR) relative to the maximum.
@@ -98,12 +98,12 @@ void forward(const T* query, const T* key, float scale, const int64_t* query_ids
   if (few) {
     in_order(pass.key.blocks(), threads, [&](int64_t j, int thread) {
       const Workspace work = workspaces[thread];
-      const Block k = pack_block(pass.key, KEY_PARTS, key, j, pass.scale2, work.packed, work.packing);
+      const Block k = pack_block(pass.key, KEY_PARTS, key, j, pass.scale, work.packed, work.packing);
       for (int64_t i = 0; i < pass.query.blocks(); ++i) run(work, {i, j, j, i}, k);
     });
   } else {
     const Rectangle rectangle{pass.query.blocks(), pass.key.blocks()};
-    const Matrix<T> k(pass.key, KEY_PARTS, key, pass.scale2, threads);
+    const Matrix<T> k(pass.key, KEY_PARTS, key, pass.scale, threads);
     in_order(rectangle.tasks(), threads, [&](int64_t task, int thread) {
       const BlockPair pair = rectangle.pair(task);
       run(workspaces[thread], pair, k[pair.j]);
@@ -125,7 +125,7 @@ void backward(const float* grad_rows, const float* grad_columns, const T* query,
   // The scale's gradient comes out of either side's sums.
   const bool need_key = grad_key != nullptr, need_query = grad_query != nullptr || !need_key;
   const Matrix<T> q(pass.query, need_key ? LEFT | VALUES : LEFT, query, 0, threads);
-  const Matrix<T> k(pass.key, need_query ? RIGHT | VALUES : RIGHT, key, pass.scale2, threads);
+  const Matrix<T> k(pass.key, need_query ? RIGHT | VALUES : RIGHT, key, pass.scale, threads);
   const Workspaces workspaces(threads, PAIRED, 0, 0, 0);
   const GradWeights g(pass.query, grad_rows, row_lse), h(pass.key, grad_columns, column_lse);
   const int64_t query_size = pass.query.sums_size(), key_size = pass.key.sums_size();

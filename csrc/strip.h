@@ -1,8 +1,7 @@
 // What happens to a strip of scores while it is in L1: masks, exponentials, sums, weights.
 //
-// A strip is up to MR rows of s (in base 2: s = t · log2 e · q̂·k̂), `row` floats apart, columns
-// [begin, end), whole vectors. BOUNDED strips are known to have |s| ≤ BOUND: exp2(s) needs no maximum,
-// one exponential serves rows and columns, and sums of 10^9 terms stay in float's range. Otherwise
+// A strip is up to MR rows of s = t · q̂·k̂, `row` floats apart, columns [begin, end), whole vectors.
+// BOUNDED strips are known to have |s| ≤ BOUND: exp(s) needs no maximum, one exponential serves rows and columns, and sums of 10^9 terms stay in float's range. Otherwise
 // rows and columns each keep a maximum of their own, so nothing that matters can vanish.
 #pragma once
 
@@ -12,10 +11,15 @@
 
 namespace fastcl {
 
-constexpr float BOUND = 92.0f;       // 64 nats: 2^±92, times 2^30 terms, is within 2^±126
-constexpr float LEFT_OUT = -FLT_MAX;  // a score that is not there
-constexpr float NO_MAXIMUM = -FLT_MAX / 2;  // above LEFT_OUT, so that exp2(LEFT_OUT − it) is 0
+constexpr float BOUND = 64.0f;  // e^64 · 10^10 terms and e^-64 are within float's e^±87
+constexpr float LEFT_OUT = -FLT_MAX / 2;  // a score that is not there
+constexpr float NO_MAXIMUM = -FLT_MAX / 4;  // above LEFT_OUT, so that exp(LEFT_OUT − it) is 0
 constexpr int GROUP = 6;  // rows that share a pass: their sums and the exponentials fit in registers
+
+// Not exp2 of scores in base 2: lse is handed back in base e, and converting it forth and back would
+// cost |s| · 2^-24 in every probability. The difference s − lse is exact where it matters.
+inline F exp(F x) { return exp2(x * LOG2E); }
+inline F exp_bounded(F x) { return exp2_bounded(x * LOG2E); }
 
 // Where scores are left out of a block pair.
 struct Mask {
@@ -42,14 +46,14 @@ inline void leave_out(float* s, int64_t row, int64_t first_row, int64_t rows, in
   }
 }
 
-// The sums of a block's rows or columns: Σ exp2(s) = sum · 2^maximum.
+// The sums of a block's rows or columns: Σ exp(s) = sum · e^maximum.
 struct Sums {
   float* maximum;
   float* sum;
   Sums operator+(int64_t i) const { return {maximum + i, sum + i}; }
 };
 
-// Row sums of ROWS rows (written) and column sums (added to); KEEP writes exp2(s − maximum_i) over s.
+// Row sums of ROWS rows (written) and column sums (added to); KEEP writes exp(s − maximum_i) over s.
 template <int ROWS, bool BOUNDED, bool COLUMNS, bool KEEP>
 inline void sum_rows(float* s, int64_t row, int64_t begin, int64_t end, Sums rows, Sums columns) {
   F m[ROWS], l[ROWS];
@@ -64,7 +68,7 @@ inline void sum_rows(float* s, int64_t row, int64_t begin, int64_t end, Sums row
         if (COLUMNS) top = max(top, x);
       }
       if (COLUMNS) {
-        store(columns.sum + c, load(columns.sum + c) * exp2(old - top));
+        store(columns.sum + c, load(columns.sum + c) * exp(old - top));
         store(columns.maximum + c, top);
       }
     }
@@ -76,17 +80,17 @@ inline void sum_rows(float* s, int64_t row, int64_t begin, int64_t end, Sums row
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
       const F x = load(s + r * row + c);
-      const F e = BOUNDED ? exp2_bounded(x) : exp2(x - m[r]);
+      const F e = BOUNDED ? exp_bounded(x) : exp(x - m[r]);
       l[r] += e;
       if (KEEP) store(s + r * row + c, e);
-      if (COLUMNS) total += BOUNDED ? e : exp2(x - top);
+      if (COLUMNS) total += BOUNDED ? e : exp(x - top);
     }
     if (COLUMNS) store(columns.sum + c, load(columns.sum + c) + total);
   }
   for (int r = 0; r < ROWS; ++r) rows.maximum[r] = m[r][0], rows.sum[r] = sum(l[r]);
 }
 
-// One side's part of the weights: W_ij = weight · exp2(s_ij − shift), with 2^-shift folded into
+// One side's part of the weights: W_ij = weight · exp(s_ij − shift), with e^-shift folded into
 // `bounded` for BOUNDED strips.
 struct Weights {
   const float* weight;
@@ -107,11 +111,11 @@ inline void weigh(float* s, int64_t row, int64_t begin, int64_t end, Weights row
       const F x = load(s + r * row + c);
       F w;
       if constexpr (BOUNDED) {
-        const F e = exp2_bounded(x);
+        const F e = exp_bounded(x);
         w = OF_ROWS ? e * (broadcast(rows.bounded[r]) + h) : e * h;
       } else {
-        w = OF_ROWS ? broadcast(rows.weight[r]) * exp2(x - rows.shift[r]) : F{};
-        if (OF_COLUMNS) w = fma(h, exp2(x - shift), w);
+        w = OF_ROWS ? broadcast(rows.weight[r]) * exp(x - rows.shift[r]) : F{};
+        if (OF_COLUMNS) w = fma(h, exp(x - shift), w);
       }
       store(s + r * row + c, w);
     }

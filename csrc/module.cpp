@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "ops.h"
 
 namespace py = pybind11;
@@ -38,8 +42,10 @@ py::list supported_isas() {
   isas.append("baseline");
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c =
+      __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // clang 14 has no name for it
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
@@ -67,6 +73,9 @@ PYBIND11_MODULE(FASTCL_ISA, m) {
   def(m, "similarity_lse_backward", similarity_lse_backward);
   def(m, "self_similarity_lse_forward", self_similarity_lse_forward);
   def(m, "self_similarity_lse_backward", self_similarity_lse_backward);
+  def(m, "pair_sigmoid", pair_sigmoid);
+  def(m, "instance_spread_forward", instance_spread_forward);
+  def(m, "instance_spread_backward", instance_spread_backward);
   def(m, "self_distillation_forward", self_distillation_forward);
   def(m, "self_distillation_backward", self_distillation_backward);
   def(m, "bank_scores_forward", bank_scores_forward);

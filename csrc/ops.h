@@ -135,6 +135,42 @@ void self_distillation_backward(const float* grad,           // (N,)
                                 int64_t students, int64_t teachers, int64_t n, int64_t k, int dtype,
                                 int threads);
 
+// ---- pair_sigmoid.cpp
+// Losses and gradients of one pass: any of the outputs may be null, and so may grad (then it is 1).
+void pair_sigmoid(const float* grad,   // (N,) or null
+                  const void* image,   // (N, D)
+                  const void* text,    // (N, D)
+                  const float* scale,  // ()
+                  const float* bias,   // ()
+                  float* loss,         // (N,) or null
+                  void* grad_image,    // (N, D) or null
+                  void* grad_text,     // (N, D) or null
+                  float* grad_scale,   // ()
+                  float* grad_bias,    // ()
+                  int64_t n, int64_t d, bool normalize, int dtype, int threads);
+
+// ---- instance_spread.cpp
+void instance_spread_forward(const void* z,       // (2N, D)
+                             const float* scale,  // ()
+                             float* loss,         // (2N,)
+                             float* log_d,        // (2N,)
+                             float* o,            // (2N,)
+                             float* b_small,      // (2N,)
+                             float* b_large,      // (2N,)
+                             int64_t n, int64_t d, double negative_weight, bool normalize,
+                             int dtype, int threads);
+void instance_spread_backward(const float* grad,     // (2N,)
+                              const void* z,         // (2N, D)
+                              const float* scale,    // ()
+                              const float* log_d,    // (2N,)
+                              const float* o,        // (2N,)
+                              const float* b_small,  // (2N,)
+                              const float* b_large,  // (2N,)
+                              void* grad_z,          // (2N, D)
+                              float* grad_scale,     // ()
+                              int64_t n, int64_t d, double negative_weight, bool normalize,
+                              bool detach_columns, int dtype, int threads);
+
 // ---- bank_scores.cpp
 void bank_scores_forward(const void* query,     // (N, D)
                          const void* bank,      // (M, D)

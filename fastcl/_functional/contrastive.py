@@ -11,6 +11,7 @@ from fastcl._functional._shared import (
     against,
     as_scale,
     inverse,
+    needs_grad,
     paired_dot,
     promoted,
     reduce,
@@ -313,7 +314,11 @@ def siglip(
     check.one_of("siglip", "reduction", reduction, check.REDUCTIONS)
     image, text = promoted(image, text)
     t, b = as_scale(logit_scale, image), as_scale(logit_bias, image)
-    return reduce(ops.pair_sigmoid(image, text, t, b, normalize), reduction)
+    arguments = (image, text, t, b, normalize)
+    if reduction == "none" or not any(map(needs_grad, arguments[:4])):
+        return reduce(ops.pair_sigmoid(*arguments), reduction)
+    total: Tensor = ops.pair_sigmoid_sum(*arguments)[0]
+    return total / image.shape[0] if reduction == "mean" else total
 
 
 def instance_spread(

@@ -14,7 +14,7 @@ from fastcl.ops.bank_scores import bank_scores
 from fastcl.ops.cosine import cosine
 from fastcl.ops.ema import ema_
 from fastcl.ops.instance_spread import instance_spread
-from fastcl.ops.pair_sigmoid import pair_sigmoid
+from fastcl.ops.pair_sigmoid import pair_sigmoid, pair_sigmoid_sum
 from fastcl.ops.queue import queue_push_
 from fastcl.ops.self_distillation import self_distillation
 from fastcl.ops.self_similarity_lse import self_similarity_lse
@@ -42,6 +42,7 @@ __all__ = [
     "ema_",
     "instance_spread",
     "pair_sigmoid",
+    "pair_sigmoid_sum",
     "queue_push_",
     "self_distillation",
     "self_similarity_lse",

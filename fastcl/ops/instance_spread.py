@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastcl.ops._backend import implementation
+from fastcl import _C
+from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import (
     contiguous,
     define,
@@ -17,9 +19,46 @@ from fastcl.ops._library import (
     refuse_second_derivative,
     statistics_dtype,
 )
-from fastcl.reference import instance_spread as Cpp
 
 WORD = "instance_spread"
+
+
+class Cpp:
+    """Allocates the outputs and calls csrc/instance_spread.cpp."""
+
+    @staticmethod
+    def forward(
+        z: Tensor, scale: Tensor, *, negative_weight: float, normalize: bool
+    ) -> tuple[Tensor, ...]:
+        outputs = [z.new_empty(len(z), dtype=torch.float32) for _ in range(5)]
+        _C.kernels.instance_spread_forward(
+            *map(pointer, (z, scale, *outputs)),
+            *(*z.shape, negative_weight, normalize),
+            *(DTYPE_CODES[z.dtype], torch.get_num_threads()),
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        z: Tensor,
+        scale: Tensor,
+        log_d: Tensor,
+        o: Tensor,
+        b_small: Tensor,
+        b_large: Tensor,
+        *,
+        negative_weight: float,
+        normalize: bool,
+        detach_columns: bool,
+    ) -> tuple[Tensor, Tensor]:
+        grad_z, grad_scale = torch.empty_like(z), torch.empty_like(scale)
+        _C.kernels.instance_spread_backward(
+            *map(pointer, (grad, z, scale, log_d, o, b_small, b_large, grad_z, grad_scale)),
+            *(*z.shape, negative_weight, normalize, detach_columns),
+            *(DTYPE_CODES[z.dtype], torch.get_num_threads()),
+        )
+        return grad_z, grad_scale
 
 
 def run_forward(

@@ -79,6 +79,8 @@ void bank_scores_forward(const void* query, const void* bank, const int64_t* ind
   with_types(dtype, bank_dtype, [&](auto* query_type, auto* bank_type) {
     const auto* q = static_cast<decltype(query_type)>(const_cast<void*>(query));
     const auto* rows = static_cast<decltype(bank_type)>(const_cast<void*>(bank));
+    float* out = scores;  // clang 14 loses what a lambda in a parallel region captures twice
+    const float t = *scale;
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * k * d > PARALLEL)
     for (int64_t task = 0; task < n * pieces; ++task) {
       const int64_t i = task / pieces, first = task % pieces * PIECE, at = i * k + first;
@@ -86,7 +88,7 @@ void bank_scores_forward(const void* query, const void* bank, const int64_t* ind
       float* x = memory.as<float>();
       widen(q + i * d, x, d);
       for_rows(rows, index + at, std::min(PIECE, k - first), d,
-               [&](int64_t c, const auto* row) { scores[at + c] = *scale * dot(x, row, d); });
+               [&](int64_t c, const auto* row) { out[at + c] = t * dot(x, row, d); });
     }
   });
 }
@@ -104,6 +106,7 @@ void bank_scores_backward(const float* grad, const void* query, const void* bank
     const auto* q = static_cast<Q>(const_cast<void*>(query));
     const auto* rows = static_cast<decltype(bank_type)>(const_cast<void*>(bank));
     Q dq = static_cast<Q>(grad_query);
+    const float* g = grad;  // as above
 #pragma omp parallel num_threads(threads) if (n * k * d > PARALLEL)
     {
 #pragma omp for schedule(static)
@@ -112,7 +115,7 @@ void bank_scores_backward(const float* grad, const void* query, const void* bank
         float* total = sums + task * width;
         std::fill_n(total, width, 0.0f);
         for_rows(rows, index + at, std::min(PIECE, k - first), d,
-                 [&](int64_t c, const auto* row) { add(total, grad[at + c], row, d); });
+                 [&](int64_t c, const auto* row) { add(total, g[at + c], row, d); });
       }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < n; ++i) {

@@ -4,6 +4,7 @@ Losses are in fastcl.functional and keep no state; what a method remembers betwe
 """
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -44,6 +45,35 @@ class FeatureQueue(nn.Module):
     def extra_repr(self) -> str:
         size, dim = self.features.shape
         return f"{size}, {dim}"
+
+
+class MemoryBank(nn.Module):
+    """One embedding for each image of the data, a moving average on the unit sphere.
+
+    Starts uniform in a cube whose vectors have length 1 in the mean square.
+
+    Buffer: features (size, dim) float32.
+    Source: Wu et al. 2018, arXiv:1805.01978; zhirongw/lemniscate.pytorch.
+    """
+
+    features: Tensor
+
+    def __init__(self, size: int, dim: int, momentum: float = 0.5) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"MemoryBank: size and dim must be at least 1; got {size}, {dim}.")
+        self.momentum = momentum
+        bound = (3 / dim) ** 0.5
+        self.register_buffer("features", torch.empty(size, dim).uniform_(-bound, bound))
+
+    @torch.no_grad()
+    def update(self, index: Tensor, features: Tensor) -> None:
+        """Move rows index (N,) towards unit features (N, dim); of equal rows the last counts."""
+        F.bank_update_(self.features, index, features, momentum=self.momentum)
+
+    def extra_repr(self) -> str:
+        size, dim = self.features.shape
+        return f"{size}, {dim}, momentum={self.momentum}"
 
 
 class Prototypes(nn.Module):
@@ -179,6 +209,15 @@ def simclr_head(features: int, dim: int, layers: int = 2) -> nn.Module:
     return nn.Sequential(*parts)
 
 
+def centred(head: nn.Module, dim: int) -> nn.Module:
+    """head with batch norm (no scale, no shift) after it, as MoCo v3 and SimSiam have.
+
+    An untrained encoder's embeddings all point one way, and a loss of a thousand steps is spent on
+    spreading them; centred, they are spread from the start.
+    """
+    return nn.Sequential(head, nn.BatchNorm1d(dim, affine=False))
+
+
 def swav_head(features: int, hidden: int, dim: int) -> nn.Module:
     """SwAV: (N, features) -> (N, dim), two layers with biases, batch norm on the hidden one.
 
@@ -187,3 +226,65 @@ def swav_head(features: int, hidden: int, dim: int) -> nn.Module:
     return nn.Sequential(
         nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
     )
+
+
+def simsiam_projector(features: int, dim: int, layers: int = 3) -> nn.Module:
+    """SimSiam: (N, features) -> (N, dim), each layer linear, then batch norm, at last without γ, β.
+
+    The last linear layer has a bias that is never trained: the batch norm takes it out again.
+    Source: Chen & He 2020, arXiv:2011.10566.
+    """
+    parts: list[nn.Module] = []
+    for _ in range(layers - 1):
+        parts += [nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()]
+    last = nn.Linear(features, dim)
+    last.bias.requires_grad_(False)
+    return nn.Sequential(*parts, last, nn.BatchNorm1d(dim, affine=False))
+
+
+def simsiam_predictor(dim: int, hidden: int) -> nn.Module:
+    """SimSiam: (N, dim) -> (N, dim) through a bottleneck, batch norm on the hidden layer only.
+
+    Source: Chen & He 2020, arXiv:2011.10566.
+    """
+    return nn.Sequential(
+        nn.Linear(dim, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, dim),
+    )
+
+
+def byol_mlp(features: int, hidden: int, dim: int, norm: str = "bn") -> nn.Module:
+    """BYOL's projector and predictor: (N, features) -> (N, dim), no bias in the last layer.
+
+    norm is that of the hidden layer: "bn", "ln" or "none".
+    Source: Grill et al. 2020, arXiv:2006.07733.
+    """
+    norms: dict[str, Callable[[int], nn.Module]] = {
+        "bn": nn.BatchNorm1d,
+        "ln": nn.LayerNorm,
+        "none": lambda _: nn.Identity(),
+    }
+    if norm not in norms:
+        raise ValueError(f"unknown norm {norm!r}. Norms: {', '.join(norms)}")
+    return nn.Sequential(
+        nn.Linear(features, hidden),
+        norms[norm](hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, dim, bias=False),
+    )
+
+
+def moco_v3_mlp(layers: int, features: int, hidden: int, dim: int, last_norm: bool) -> nn.Module:
+    """MoCo v3's projector and predictor: (N, features) -> (N, dim), no biases, batch norm in each.
+
+    last_norm puts one without γ and β after the last layer too.
+    Source: Chen et al. 2021, arXiv:2104.02057.
+    """
+    parts: list[nn.Module] = []
+    for i in range(layers - 1):
+        width = hidden if i else features
+        parts += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+    parts.append(nn.Linear(hidden if layers > 1 else features, dim, bias=False))
+    return nn.Sequential(*parts, *([nn.BatchNorm1d(dim, affine=False)] if last_norm else []))

@@ -218,10 +218,25 @@ def linspace_cosine(
 
 
 def step_decay(
-    epoch: int, *, start: float, milestones: Sequence[int], factor: float = 0.1
+    epoch: int,
+    *,
+    start: float,
+    milestones: Sequence[int],
+    factor: float = 0.1,
+    factors: Sequence[float] = (),
 ) -> float:
-    """start · factor^(milestones reached). InstDisc, CMC and MoCo v1; epoch counts from 0."""
-    return start * factor ** sum(epoch >= milestone for milestone in milestones)
+    """start · factor^(milestones reached). InstDisc, CMC and MoCo v1; epoch counts from 0.
+
+    With factors, one for each milestone, start · (that of the last one reached): InvaSpread.
+    """
+    if factors and len(factors) != len(milestones):
+        raise ValueError(
+            f"factors must be one for each milestone; got {len(factors)} for {len(milestones)}"
+        )
+    reached = sum(epoch >= milestone for milestone in milestones)
+    if factors:
+        return start * (1.0, *factors)[reached]
+    return start * factor**reached
 
 
 def sgd(parameters: Iterable[tuple[str, Tensor]], lr: float, **options: Any) -> torch.optim.SGD:
@@ -247,7 +262,28 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "larc": LARS.larc,
 }
 
-SCHEDULES = ("step", "cosine", "warmup-cosine", "linspace-cosine")
+
+def split_fixed(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Give these parameters groups of their own, marked "fixed": no schedule changes their lr.
+
+    They keep everything else that their group had. SimSiam's predictor.
+    """
+    fixed = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in fixed]
+        if own:
+            group["params"] = [p for p in group["params"] if id(p) not in fixed]
+            optimizer.add_param_group({**group, "params": own, "fixed": True})
+
+
+SCHEDULES = (
+    "step",
+    "cosine",
+    "warmup-cosine",
+    "warmup-cosine-byol",
+    "warmup-cosine-moco-v3",
+    "linspace-cosine",
+)
 
 
 def learning_rate(
@@ -262,20 +298,29 @@ def learning_rate(
     start_lr: float = 0.0,
     final_lr: float = 0.0,
     milestones: Sequence[int] = (),
+    factors: Sequence[float] = (),
 ) -> float:
     """The learning rate of a training step, counted from 0; an epoch drops its last partial batch.
 
-    "step" and "cosine" change from epoch to epoch (MoCo v1 and v2), "warmup-cosine" (SimCLR) and
-    "linspace-cosine" (SwAV) at every step. `lr` is the peak.
+    "step" and "cosine" change from epoch to epoch (MoCo v1 and v2), "warmup-cosine" (SimCLR; BYOL
+    and MoCo v3 count their steps otherwise) and "linspace-cosine" (SwAV) at every step. `lr` is the
+    peak.
     """
     steps_per_epoch = images // batch_size
     if schedule == "step":
-        return step_decay(step // steps_per_epoch, start=lr, milestones=milestones)
+        epoch = step // steps_per_epoch
+        return step_decay(epoch, start=lr, milestones=milestones, factors=factors)
     if schedule == "cosine":
         return cosine(step // steps_per_epoch, total=epochs, start=lr, end=final_lr)
     if schedule == "warmup-cosine":
         total, warmup = simclr_steps(images, batch_size, epochs, warmup_epochs)
         return warmup_cosine(step, total=total, warmup=warmup, peak=lr)
+    if schedule == "warmup-cosine-byol":  # partial batches count
+        total, warmup = epochs * images // batch_size, int(warmup_epochs * images) // batch_size
+        return warmup_cosine(step, total=total, warmup=warmup, peak=lr)
+    if schedule == "warmup-cosine-moco-v3":  # whole batches; time in epochs
+        t = step / steps_per_epoch
+        return warmup_cosine(t, total=epochs, warmup=warmup_epochs, peak=lr)
     if schedule == "linspace-cosine":
         return linspace_cosine(
             step,

@@ -24,7 +24,7 @@ from fastcl.data import Loader, TensorSplit, augment, load
 from fastcl.evaluate import knn_accuracy, pixel_knn_accuracy
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS, Progress
-from fastcl.optim import OPTIMIZERS, learning_rate
+from fastcl.optim import OPTIMIZERS, learning_rate, split_fixed
 from fastcl.progress import Metrics, ProgressBar, effective_rank, feature_std
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,8 +76,12 @@ class Trainer:
         image_size = config.image_size or self.data.image_size
 
         torch.manual_seed(run.seed)
-        encoder = models.build(config.backbone, image_size=image_size)
-        self.method = METHODS[run.method](encoder, config).to(self.device)
+        encoder = models.build(
+            config.backbone, image_size=image_size, zero_init_residual=config.zero_init_residual
+        )
+        self.method = METHODS[run.method](encoder, config)
+        self.method.set_images(len(self.data.pretrain))
+        self.method.to(self.device)
         self.augmentation = augment.build(
             config.augmentation,
             image_size=image_size,
@@ -100,6 +104,7 @@ class Trainer:
             momentum=config.sgd_momentum,
             weight_decay=config.weight_decay,
         )
+        split_fixed(self.optimizer, self.method.fixed_lr())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
 
         self.step = 0  # optimizer steps done
@@ -135,9 +140,10 @@ class Trainer:
             self._clock()
             while self.step < self.steps:
                 self._place_loader()
-                for views, _, _ in self.loader:
+                for views, _, indices in self.loader:
                     with self.interrupt.hold():
-                        self._step([view.to(self.device, non_blocking=True) for view in views])
+                        views = [view.to(self.device, non_blocking=True) for view in views]
+                        self._step(views, indices.to(self.device, non_blocking=True))
                         if self.step % run.log_every == 0 or self.step == self.steps:
                             self._log()
                 self._evaluate()
@@ -153,12 +159,13 @@ class Trainer:
         finally:
             self.bar.close()
 
-    def _step(self, views: list[Tensor]) -> None:
-        """One optimizer step on a batch of views."""
-        at = Progress(self.step, len(self.loader), self.config.epochs)
+    def _step(self, views: list[Tensor], indices: Tensor) -> None:
+        """One optimizer step on a batch of views of these images."""
+        at = Progress(self.step, len(self.loader), self.config.epochs, indices)
         lr = self._lr()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if not group.get("fixed"):
+                group["lr"] = lr
         self.method.train()
         self.optimizer.zero_grad()
         with self._autocast():
@@ -184,6 +191,7 @@ class Trainer:
             start_lr=config.start_lr,
             final_lr=config.final_lr,
             milestones=config.milestones,
+            factors=config.factors,
         )
 
     def _autocast(self) -> torch.autocast:

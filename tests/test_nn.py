@@ -8,6 +8,7 @@ import torch
 
 from fastcl.nn import (
     FeatureQueue,
+    MemoryBank,
     Prototypes,
     SplitBatchNorm,
     moco_head,
@@ -162,3 +163,23 @@ def test_momentum_copy_is_equal_separate_and_without_gradient():
         module[0].weight.zero_()
     assert twin[0].weight.abs().sum() > 0
     assert not any(p.requires_grad for p in twin.parameters())
+
+
+def test_memory_bank_keeps_a_moving_average_on_the_sphere():
+    torch.manual_seed(0)
+    bank = MemoryBank(9, 4, momentum=0.25)
+    assert list(bank.state_dict()) == ["features"]
+    before = bank.features.clone()
+    x = torch.nn.functional.normalize(torch.randn(3, 4), dim=1).requires_grad_(True)
+    bank.update(torch.tensor([5, 2, 5]), x)
+    for row, feature in ((2, x[1]), (5, x[2])):  # of equal rows the last, from the old row
+        expected = torch.nn.functional.normalize(0.25 * before[row] + 0.75 * feature, dim=0)
+        torch.testing.assert_close(bank.features[row], expected.detach())
+    rest = [0, 1, 3, 4, 6, 7, 8]
+    assert torch.equal(bank.features[rest], before[rest]) and not bank.features.requires_grad
+
+
+@pytest.mark.parametrize("size, dim", [(0, 4), (4, 0)])
+def test_memory_bank_refuses_to_be_empty(size, dim):
+    with pytest.raises(ValueError, match="at least 1; got"):
+        MemoryBank(size, dim)

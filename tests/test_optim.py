@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastcl.optim import LARS, cosine, linspace_cosine, simclr_steps, step_decay, warmup_cosine
+from fastcl.optim import (
+    LARS,
+    cosine,
+    learning_rate,
+    linspace_cosine,
+    simclr_steps,
+    step_decay,
+    warmup_cosine,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -203,6 +211,36 @@ def test_byol_schedules():
         for s in data["steps_lr_nowarm"]
     ]
     np.testing.assert_allclose(lrs, data["lr_nowarm64"], rtol=1e-12, atol=1e-15)
+
+
+def test_byol_and_moco_v3_count_their_steps_as_their_code_does():
+    data = load("byol_schedules")
+    # 1,030 images in batches of 10, 10 epochs: 1,030 steps by BYOL; 103 whole batches an epoch.
+    arguments = {"images": 1030, "batch_size": 10, "epochs": 10, "lr": 3.2, "warmup_epochs": 1.0}
+    for step in (0, 50, 103, 104, 600, 1029):
+        expected = warmup_cosine(step, total=1030, warmup=103, peak=3.2)
+        assert learning_rate("warmup-cosine-byol", step, **arguments) == expected
+    official = {"images": 4096, "batch_size": 41, "epochs": 10, "lr": 3.2, "warmup_epochs": 1.0}
+    assert 4096 * 10 // 41 == 999 and 4096 // 41 == 99  # partial batches count in the total only
+    assert learning_rate("warmup-cosine-byol", 99, **official) == pytest.approx(3.2)
+    assert learning_rate("warmup-cosine-byol", 998, **official) > 0
+    exact = {"images": 1000, "batch_size": 1, "epochs": 1, "lr": 3.2, "warmup_epochs": 0.1}
+    lrs = [learning_rate("warmup-cosine-byol", int(s), **exact) for s in data["steps_lr"]]
+    np.testing.assert_allclose(lrs, data["lr64"], rtol=1e-12, atol=1e-15)
+
+    data = load("mocov3_schedules")
+    peak, warmup, epochs, _ = data["args"].tolist()
+    per_epoch = round(1 / data["epoch"][data["epoch"] > 0].min())
+    lrs = [
+        learning_rate(
+            "warmup-cosine-moco-v3", round(t * per_epoch), images=per_epoch * 7 + 3, batch_size=7,
+            epochs=int(epochs), lr=peak, warmup_epochs=warmup,
+        )
+        for t in data["epoch"]
+    ]  # fmt: skip
+    exact = np.abs(data["epoch"] * per_epoch - np.round(data["epoch"] * per_epoch)) < 1e-6
+    assert exact.all()
+    np.testing.assert_allclose(lrs, data["lr"], rtol=1e-9, atol=1e-12)
 
 
 def test_dino_schedules():

@@ -29,6 +29,11 @@ QUEUES = {
     "moco-v2": "--queue-size 40 --bn-splits 2",
     "simclr-v1": "",
     "swav": "--prototypes 12 --hidden 16 --small-crops 2 --queue-size 32 --queue-start-epoch 1",
+    "instdisc": "",
+    "invaspread": "",
+    "byol": "--dim 16 --hidden 8",
+    "simsiam": "--dim 16 --hidden 8",
+    "moco-v3": "--dim 16 --hidden 8",
 }
 
 
@@ -112,10 +117,10 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     """Ctrl-C in the middle of that step."""
     original = Trainer._step
 
-    def patched(self, views):
+    def patched(self, *batch):
         if self.step == step:
             os.kill(os.getpid(), number)
-        original(self, views)
+        original(self, *batch)
 
     monkeypatch.setattr(Trainer, "_step", patched)
 
@@ -143,7 +148,13 @@ def test_run_writes_config_metrics_and_checkpoint(method, flags, tmp_path, capsy
         assert np.isfinite([row["loss"], row["feature_std"], row["images_per_second"]]).all()
         assert 1 <= row["effective_rank"] <= 16
     expected = METHODS[method].recipes["quick"]
-    assert {row["momentum"] for row in steps} == {getattr(expected, "momentum", None)}
+    if method in ("byol", "moco-v3"):
+        momenta = [row["momentum"] for row in steps]
+        assert expected.momentum < momenta[0] < momenta[-1] < 1
+    elif method == "instdisc":  # its momentum is the bank's
+        assert {row["momentum"] for row in steps} == {None}
+    else:
+        assert {row["momentum"] for row in steps} == {getattr(expected, "momentum", None)}
     numbers_line = (
         r"kNN accuracy: trained encoder ([\d.]+)%, untrained encoder ([\d.]+)%, "
         r"raw pixels ([\d.]+)%"
@@ -173,8 +184,8 @@ def test_resume_after_a_kill_repeats_what_came_after_the_checkpoint(flags, tmp_p
     kill = (
         "import os, sys, fastcl.train as t\n"
         "step = t.Trainer._step\n"
-        "def killed(self, views):\n"
-        "    step(self, views)\n"
+        "def killed(self, *batch):\n"
+        "    step(self, *batch)\n"
         "    if self.step == 7: os.kill(os.getpid(), 9)\n"
         "t.Trainer._step = killed\n"
         "t.main(sys.argv[1:])\n"
@@ -269,11 +280,11 @@ def test_a_step_that_takes_too_long_is_cut_and_the_last_checkpoint_kept(
 ):
     original = Trainer._step
 
-    def endless(self, views):
+    def endless(self, *batch):
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(30)
-        original(self, views)
+        original(self, *batch)
 
     monkeypatch.setattr(Trainer, "_step", endless)
     began = time.monotonic()
@@ -300,10 +311,10 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_finite_checkpoin
 ):
     original = Trainer._step
 
-    def patched(self, views):
+    def patched(self, *batch):
         if self.step == 6:
-            views[0][0, 0, 0, 0] = float("nan")
-        original(self, views)
+            batch[0][0][0, 0, 0, 0] = float("nan")
+        original(self, *batch)
 
     monkeypatch.setattr(Trainer, "_step", patched)
     assert main(flags("moco-v2")) == 1
@@ -512,8 +523,8 @@ def test_collapse_is_noted(method, flags):
         if method == "swav":
             trainer.method.prototypes.weight.fill_(1.0)
     trainer._clock()
-    for views, _, _ in trainer.loader:
-        trainer._step(views)
+    for views, _, indices in trainer.loader:
+        trainer._step(views, indices)
     trainer._log()
     sits, same = trainer._collapse()
     assert "the loss sits at" in sits and "hardly differ" in same

@@ -18,12 +18,14 @@ from fastcl.data.operations import (
     Blur,
     BlurPillow,
     Crop,
+    CropBYOL,
     CropTensorFlow,
     Flip,
     Grayscale,
     Jitter,
     JitterTensorFlow,
     Operation,
+    Solarize,
     Sometimes,
     as_float,
     select,
@@ -157,14 +159,67 @@ def swav(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
     ]
 
 
+def byol(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """BYOL (Grill et al. 2020, arXiv:2006.07733), the first view: always blurred."""
+    return _byol(size, scale, strength, blurred=1.0 * blur, solarized=0.0)
+
+
+def byol_second(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """BYOL's second view: seldom blurred, sometimes solarized."""
+    return _byol(size, scale, strength, blurred=0.1 * blur, solarized=0.2)
+
+
+def _byol(size: int, scale: Scale, s: float, blurred: float, solarized: float) -> Operations:
+    jitter = JitterTensorFlow(0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, additive=True)
+    return [
+        CropBYOL(size, scale),
+        Sometimes(0.5, Flip()),
+        Sometimes(0.8, jitter),
+        Sometimes(0.2, Grayscale()),
+        *([Sometimes(blurred, Blur())] if blurred else []),
+        *([Sometimes(solarized, Solarize())] if solarized else []),
+    ]
+
+
+def moco_v3(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """MoCo v3 (Chen et al. 2021, arXiv:2104.02057), the first view: always blurred."""
+    return _moco_v3(size, scale, strength, blurred=1.0 * blur, solarized=0.0)
+
+
+def moco_v3_second(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """MoCo v3's second view: seldom blurred, sometimes solarized."""
+    return _moco_v3(size, scale, strength, blurred=0.1 * blur, solarized=0.2)
+
+
+def _moco_v3(size: int, scale: Scale, s: float, blurred: float, solarized: float) -> Operations:
+    return [
+        Crop(size, scale),
+        Sometimes(0.8, Jitter(0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s)),
+        Sometimes(0.2, Grayscale()),
+        *([Sometimes(blurred, BlurPillow())] if blurred else []),
+        *([Sometimes(solarized, Solarize())] if solarized else []),
+        Sometimes(0.5, Flip()),
+    ]
+
+
+def invaspread(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """InvaSpread (Ye et al. 2019, arXiv:1904.03436): its code's list for CIFAR-10."""
+    jitter = Jitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.4 * strength)
+    return [Crop(size, scale), jitter, Sometimes(0.2, Grayscale()), Sometimes(0.5, Flip())]
+
+
 RECIPES: dict[str, Callable[[int, Scale, float, bool], Operations]] = {
     "instdisc": instdisc,
+    "invaspread": invaspread,
     "moco-v1": instdisc,
     "simclr-v1": simclr_v1,
     "moco-v2": moco_v2,
     "simclr-v2": simclr_v2,
     "swav": swav,
+    "byol": byol,
+    "moco-v3": moco_v3,
 }
+SECOND = {"byol": byol_second, "moco-v3": moco_v3_second}  # the second view, where it differs
 SWAV_CROPS = (Crops(2, 224, (0.14, 1.0)), Crops(6, 96, (0.05, 0.14)))
 
 
@@ -193,9 +248,13 @@ def build(
     if crops is None and name == "swav":
         crops = [replace(c, size=round(c.size * image_size / 224)) for c in SWAV_CROPS]
     elif crops is None:
-        crops = [Crops(2, image_size, (0.08, 1.0) if is_simclr else (0.2, 1.0))]
+        wide = is_simclr or name == "byol"
+        crops = [Crops(2, image_size, (0.08 if wide else 0.2, 1.0))]
+    views = [c for c in crops for _ in range(c.count)]
+    first, second = RECIPES[name], SECOND.get(name, RECIPES[name])
     lists = [
-        tuple(RECIPES[name](c.size, c.scale, strength, blur)) for c in crops for _ in range(c.count)
+        tuple((second if i == 1 else first)(c.size, c.scale, strength, blur))
+        for i, c in enumerate(views)
     ]
     if is_simclr:
         return Augmentation(tuple(lists))

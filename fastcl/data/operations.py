@@ -167,6 +167,22 @@ class CropTensorFlow(Crop):
 
 
 @dataclass(frozen=True)
+class CropBYOL(Crop):
+    """BYOL's: one attempt, whose sides are cut to the image's. Bicubic, not antialiased."""
+
+    kernel: str = "bicubic"
+    antialias: bool = False
+
+    def draw(self, count: int, height: int, width: int, generator: Generator) -> Any:
+        area = uniform(count, *self.scale, generator) * (height * width)
+        low, high = map(math.log, self.ratio)
+        ratio = uniform(count, low, high, generator).exp()
+        w = (area * ratio).sqrt().round().long().clamp_(1, width)
+        h = (area / ratio).sqrt().round().long().clamp_(1, height)
+        return below(height - h + 1, generator), below(width - w + 1, generator), h, w
+
+
+@dataclass(frozen=True)
 class Flip(Operation):
     """Left and right exchanged."""
 
@@ -186,6 +202,14 @@ class Grayscale(Operation):
 
         luma: Tensor = tv.rgb_to_grayscale(image, num_output_channels=3)
         return luma
+
+
+@dataclass(frozen=True)
+class Solarize(Operation):
+    """The bright half inverted: x < ½ ? x : 1 − x. Pillow's, with threshold 128, is the same."""
+
+    def batch(self, images: Tensor, parameters: Any) -> Tensor:
+        return torch.where(images < 0.5, images, 1 - images)
 
 
 @dataclass(frozen=True)

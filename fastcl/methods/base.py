@@ -4,7 +4,7 @@ A method holds its networks and its state (queue, prototypes, momentum copy). It
 optimizers, data loading, logging or evaluation: its Config names them, train.py does them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar, cast
@@ -27,6 +27,9 @@ class Config:
     """The fields that every method has; each is a command-line flag."""
 
     backbone: str = option("resnet50", "encoder (fastcl.models)")
+    zero_init_residual: bool = option(
+        False, "residual blocks begin as the identity: γ = 0 in their last batch norm; ResNets"
+    )
     image_size: int | None = option(None, "side of the (large) crops; none: the data's", at_least=8)
     augmentation: str = option("moco-v1", "list of operations (fastcl.data.augment)")
     crop_scale: tuple[float, float] = option((0.2, 1.0), "share of the image that a crop covers")
@@ -40,20 +43,28 @@ class Config:
     lr: float = option(0.03, "peak learning rate; it is not scaled with the batch", above=0)
     sgd_momentum: float = option(0.9, "momentum of the optimizer", at_least=0)
     weight_decay: float = option(1e-4, "weight decay", at_least=0)
-    schedule: str = option("cosine", "step, cosine, warmup-cosine or linspace-cosine")
+    schedule: str = option(
+        "cosine",
+        "step, cosine, warmup-cosine, warmup-cosine-byol, warmup-cosine-moco-v3 or linspace-cosine",
+    )
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", at_least=0)
     start_lr: float = option(0.0, "where a linspace-cosine's warm-up begins", at_least=0)
     final_lr: float = option(0.0, "learning rate at the end of a cosine", at_least=0)
     milestones: tuple[int, ...] = option((), "epochs at which a step schedule multiplies by 0.1")
+    factors: tuple[float, ...] = option((), "or of the peak, from each milestone on")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is: `step` batches are done, of `steps_per_epoch` · `epochs`."""
+    """Where training is: `step` batches are done, of `steps_per_epoch` · `epochs`.
+
+    `indices` int64 (N,) says which of the training images the batch holds, on its device.
+    """
 
     step: int
     steps_per_epoch: int
     epochs: int
+    indices: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -85,6 +96,9 @@ class Method(nn.Module):
         self.feature_dim = cast(int, encoder.feature_dim)
         self.config = config
 
+    def set_images(self, images: int) -> None:
+        """How many training images there are: once, for methods that remember each of them."""
+
     def crops(self, image_size: int) -> list[Crops]:
         """The views that `loss` gets: (how many, their side in pixels, share of the image)."""
         return [Crops(2, image_size, self.config.crop_scale)]
@@ -98,6 +112,10 @@ class Method(nn.Module):
 
     def after_step(self, at: Progress) -> None:
         """After the optimizer's step."""
+
+    def fixed_lr(self) -> Iterable[nn.Parameter]:
+        """Parameters whose learning rate stays at its peak, whatever the schedule says."""
+        return ()
 
     def momentum_at(self, at: Progress) -> float | None:
         """The momentum of the key or target encoder in this step; None where there is none."""

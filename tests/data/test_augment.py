@@ -11,11 +11,13 @@ from fastcl.data.operations import (
     Blur,
     BlurPillow,
     Crop,
+    CropBYOL,
     CropTensorFlow,
     Flip,
     Grayscale,
     Jitter,
     JitterTensorFlow,
+    Solarize,
     Sometimes,
     as_float,
     select,
@@ -26,6 +28,8 @@ OPERATIONS = [
     Crop(24, (0.1, 1.0)),
     Crop(20, (0.1, 1.0), kernel="bicubic"),
     CropTensorFlow(24, (0.08, 1.0)),
+    CropBYOL(24, (0.08, 1.0)),
+    Solarize(),
     Flip(),
     Grayscale(),
     Jitter(0.8, 0.8, 0.8, 0.2),
@@ -184,6 +188,7 @@ def names(operations):
     [
         ("instdisc", ["Crop", "Grayscale", "Jitter", "Flip"], [0.2, 0.5]),
         ("moco-v1", ["Crop", "Grayscale", "Jitter", "Flip"], [0.2, 0.5]),
+        ("invaspread", ["Crop", "Jitter", "Grayscale", "Flip"], [0.2, 0.5]),
         ("moco-v2", ["Crop", "Jitter", "Grayscale", "BlurPillow", "Flip"], [0.8, 0.2, 0.5, 0.5]),
         ("swav", ["Crop", "Flip", "Jitter", "Grayscale", "BlurPillow"], [0.5, 0.8, 0.2, 0.5]),
         (
@@ -200,6 +205,48 @@ def test_lists_are_the_papers(name, expected, probabilities):
         assert [o.probability for o in operations if isinstance(o, Sometimes)] == probabilities
     without = augment.build(name, image_size=224, mean=MEAN, std=STD, blur=False)
     assert names(without.lists[0]) == [n for n in expected if not n.startswith("Blur")]
+
+
+@pytest.mark.parametrize(
+    "name, first, second, probabilities",
+    [
+        (
+            "byol",
+            ["CropBYOL", "Flip", "JitterTensorFlow", "Grayscale", "Blur"],
+            ["CropBYOL", "Flip", "JitterTensorFlow", "Grayscale", "Blur", "Solarize"],
+            ([0.5, 0.8, 0.2, 1.0], [0.5, 0.8, 0.2, 0.1, 0.2]),
+        ),
+        (
+            "moco-v3",
+            ["Crop", "Jitter", "Grayscale", "BlurPillow", "Flip"],
+            ["Crop", "Jitter", "Grayscale", "BlurPillow", "Solarize", "Flip"],
+            ([0.8, 0.2, 1.0, 0.5], [0.8, 0.2, 0.1, 0.2, 0.5]),
+        ),
+    ],
+)
+def test_views_of_byol_and_moco_v3_differ(name, first, second, probabilities):
+    recipe = augment.build(name, image_size=224, mean=MEAN, std=STD)
+    assert [names(operations) for operations in recipe.lists] == [first, second]
+    for operations, expected in zip(recipe.lists, probabilities, strict=True):
+        assert [o.probability for o in operations if isinstance(o, Sometimes)] == expected
+        jitter = operations[names(operations).index(first[2 if name == "byol" else 1])].operation
+        assert (jitter.brightness, jitter.contrast) == (0.4, 0.4)
+        assert (jitter.saturation, jitter.hue) == (0.2, 0.1)
+    without = augment.build(name, image_size=224, mean=MEAN, std=STD, blur=False)
+    for operations, expected in zip(without.lists, (first, second), strict=True):
+        assert names(operations) == [n for n in expected if not n.startswith("Blur")]
+
+
+def test_byols_crop_is_cut_to_the_image():
+    """One attempt: a side that would be longer than the image's is the image's."""
+    wide = CropBYOL(32, (1.0, 1.0)).draw(4000, 20, 60, generator())
+    top, left, h, w = wide
+    assert ((top >= 0) & (top + h <= 20) & (left >= 0) & (left + w <= 60)).all()
+    assert (h == 20).all()  # √(1200 · 3/4) = 30 already
+    assert w.min() == 30 and w.max() == 40  # √(1200 · 3/4) to √(1200 · 4/3)
+    ratio = (w / (1200 / w)).log()
+    spread = 2 * math.log(4 / 3)
+    assert abs(ratio.mean()) < 0.02 and abs(ratio.std() - spread / 12**0.5) < 0.02
 
 
 def test_multi_crop_is_swavs():

@@ -7,6 +7,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from fastcl.data import pixels
+from fastcl.data.operations import Solarize
 
 B = 12
 
@@ -66,6 +67,16 @@ def test_colour_matches_the_official_tensorflow_forms(golden, ours, key, value):
     image = data["image"].permute(2, 0, 1)[None]
     expected = data[key].permute(2, 0, 1)[None].clamp(0, 1)  # not clipped in the file
     torch.testing.assert_close(ours(image, torch.tensor([value])), expected, atol=2e-6, rtol=0)
+
+
+def test_solarize_is_byols_and_pillows(golden):
+    data = golden("byol_aug_ops")
+    image = data["image"].permute(2, 0, 1)[None]
+    expected = data["solarize"].permute(2, 0, 1)[None]
+    torch.testing.assert_close(Solarize().batch(image, ()), expected, atol=1e-7, rtol=0)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    pillow = tv.solarize(levels, threshold=128)
+    torch.testing.assert_close(Solarize().batch(levels / 255, ()), pillow / 255, atol=1e-6, rtol=0)
 
 
 def test_saturation_hsv_stops_at_full_saturation(images):

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 import fastcl.functional as F
 from fastcl.methods.base import Config as BaseConfig
 from fastcl.methods.base import Method, Progress, option
-from fastcl.nn import FeatureQueue, moco_head, momentum_copy, split_batch_norm
+from fastcl.nn import FeatureQueue, centred, moco_head, momentum_copy, split_batch_norm
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Config(BaseConfig):
     bn_splits: int = option(
         8, "groups of the batch with batch-norm statistics of their own", at_least=1
     )
+    centred_head: bool = option(False, "batch norm after the head, for short runs")
 
 
 class MoCoV1(Method):
@@ -45,24 +46,27 @@ class MoCoV1(Method):
             backbone="tiny-resnet",
             image_size=24,
             crop_scale=(0.3, 1.0),
-            blur=False,
             jitter=2.0,
-            epochs=20,
-            batch_size=128,
+            epochs=25,
+            batch_size=64,
             optimizer="adamw",
-            lr=0.002,
-            schedule="cosine",
+            lr=0.001,
+            schedule="warmup-cosine",
+            milestones=(),
+            warmup_epochs=0.5,
             queue_size=1024,
-            momentum=0.95,  # 1,600 steps in all: the keys must follow
-            temperature=0.1,
-            bn_splits=4,
+            momentum=0.9,  # 4,000 steps in all: the keys must follow
+            temperature=0.2,
+            bn_splits=1,
+            centred_head=True,
         ),
     }
     config: Config
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(split_batch_norm(encoder, config.bn_splits), config)
-        self.head = self.make_head(self.feature_dim, config.dim)
+        head = self.make_head(self.feature_dim, config.dim)
+        self.head = centred(head, config.dim) if config.centred_head else head
         self.key_encoder = momentum_copy(self.query_encoder)
         self.queue = FeatureQueue(config.queue_size, config.dim)
 

@@ -31,16 +31,19 @@ class MoCoV2(moco_v1.MoCoV1):
             backbone="tiny-resnet",
             image_size=24,
             crop_scale=(0.3, 1.0),
-            blur=False,
             jitter=2.0,
-            epochs=20,
-            batch_size=128,
+            blur=False,
+            epochs=25,
+            batch_size=64,
             optimizer="adamw",
-            lr=0.002,
+            lr=0.001,
+            schedule="warmup-cosine",
+            warmup_epochs=0.5,
             queue_size=1024,
-            momentum=0.95,  # 1,600 steps in all: the keys must follow
-            temperature=0.1,
-            bn_splits=4,
+            momentum=0.9,  # 4,000 steps in all: the keys must follow
+            temperature=0.2,
+            bn_splits=1,
+            centred_head=True,
         ),
     }
 

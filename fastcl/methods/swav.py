@@ -25,7 +25,7 @@ import fastcl.functional as F
 from fastcl.data.augment import Crops
 from fastcl.methods.base import Config as BaseConfig
 from fastcl.methods.base import Method, Progress, option
-from fastcl.nn import FeatureQueue, Prototypes, swav_head
+from fastcl.nn import FeatureQueue, Prototypes, centred, swav_head
 
 LARGE = 2  # crops whose codes are predicted
 
@@ -50,6 +50,7 @@ class Config(BaseConfig):
     small_scale: tuple[float, float] = option((0.05, 0.14), "share of the image of a small crop")
     hidden: int = option(2048, "hidden width of the head", at_least=1)
     dim: int = option(128, "size of the embedding", at_least=1)
+    centred_head: bool = option(False, "batch norm after the head, for short runs")
     prototypes: int = option(3000, "K; several times the classes that one expects", at_least=2)
     temperature: float = option(0.1, "τ, of the softmax over prototypes", above=0)
     epsilon: float = option(0.05, "ε, smoothness of the codes", above=0)
@@ -71,10 +72,10 @@ class SwAV(Method):
             image_size=24,
             crop_scale=(0.3, 1.0),
             blur=False,
-            epochs=16,
+            epochs=20,
             batch_size=128,
             optimizer="adamw",
-            lr=0.003,
+            lr=0.0015,
             weight_decay=1e-4,
             warmup_epochs=0.5,
             start_lr=0.0,
@@ -84,16 +85,18 @@ class SwAV(Method):
             small_scale=(0.1, 0.3),
             hidden=256,
             dim=64,
-            prototypes=40,  # few classes
-            epsilon=0.03,
-            freeze_epochs=0.1,
+            prototypes=100,  # for ten classes
+            queue_size=640,
+            queue_start_epoch=2,
+            freeze_epochs=0.25,
         ),
     }
     config: Config
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
-        self.head = swav_head(self.feature_dim, config.hidden, config.dim)
+        head = swav_head(self.feature_dim, config.hidden, config.dim)
+        self.head = centred(head, config.dim) if config.centred_head else head
         self.prototypes = Prototypes(config.dim, config.prototypes)
         size = config.queue_size // config.batch_size * config.batch_size
         queues = [FeatureQueue(size, config.dim) for _ in range(LARGE if size else 0)]

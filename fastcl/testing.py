@@ -43,6 +43,7 @@ def sample_inputs(
         requires_grad=True,
     )
     pointer = torch.tensor([4], device=device)
+    center = torch.zeros(7, dtype=scale.dtype, device=device)
     samples: dict[str, list[tuple[Any, ...]]] = {
         "similarity_lse": [
             (normal(5, 7), normal(9, 7), scale, None, None, True, True, True),
@@ -66,6 +67,18 @@ def sample_inputs(
                 0.9,
             )
         ],
+        "instance_spread": [(normal(8, 5), scale, 1.5, True, False)],
+        "pair_sigmoid": [
+            (normal(5, 7), normal(5, 7), scale, scale, True),
+            (transposed(4, 3), transposed(4, 3), scale, scale, False),
+        ],
+        "self_distillation": [
+            (normal(4, 3, 7), normal(2, 3, 7, grad=False), center, scale, scale.detach())
+        ],
+        "bank_scores": [
+            (normal(4, 5), normal(9, 5, grad=False), integers(9, 12).reshape(4, 3), scale)
+        ],
+        "bank": [(normal(9, 5, grad=False), integers(9, 4), normal(4, 5, grad=False), 0.5)],
         "queue": [(normal(5, 3, grad=False), pointer, normal(4, 3, grad=False))],
     }
     return samples[word]

@@ -25,11 +25,16 @@ from fastcl.ops.soft_cross_entropy import soft_cross_entropy
 OPS: dict[str, tuple[Any, ...]] = {
     "similarity_lse": (similarity_lse, similarity_lse_mean),
     "self_similarity_lse": (self_similarity_lse,),
+    "instance_spread": (instance_spread,),
+    "pair_sigmoid": (pair_sigmoid, pair_sigmoid_sum),
     "soft_cross_entropy": (soft_cross_entropy,),
+    "self_distillation": (self_distillation,),
     "sinkhorn": (sinkhorn,),
     "cosine": (cosine,),
     "ema": (ema_,),
     "queue": (queue_push_,),
+    "bank_scores": (bank_scores,),
+    "bank": (bank_update_,),
 }
 
 __all__ = [

@@ -344,7 +344,10 @@ def limit_rates(workload: Workload, sizes: Sizes, settings: Settings) -> dict[st
     inputs = make_inputs(workload, sizes, settings)
     tensors = [t for x in inputs.values() for t in (x if isinstance(x, list) else [x])]
     tensors += [inputs[name] for name in workload.gradients]  # as large as their inputs
-    touched = min(work.amount, sum(t.numel() * t.itemsize for t in tensors))
+    touched = sum(t.numel() * t.itemsize for t in tensors)
+    if not workload.gradients:
+        touched += 4 * workload.matrix(**sizes)  # a result as large as the input, in float32
+    touched = min(work.amount, touched)
     return machine.byte_rates(int(touched), settings.device)
 
 

@@ -155,7 +155,7 @@ def fractions(results: list[dict[str, Any]]) -> Figure:
         panel.plot([min(shares), max(shares)], [y, y], color="#cccccc", linewidth=1.5, zorder=1)
         for r, share in sorted(zip(own, shares), key=lambda pair: -RANK[pair[0]["provider"]]):
             colour, marker = STYLE[r["provider"]]
-            panel.scatter(share, y, s=55, color=colour, marker=marker, zorder=3, linewidths=0)
+            panel.scatter(share, y, s=55, color=colour, marker=marker, zorder=3, ec="white", lw=0.6)
             if r["provider"] == "fastcl":
                 panel.annotate(
                     f"{share:.0f}",

@@ -100,14 +100,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     except ImportError:
         print(plain_table(title(results[0]), lines))
         return
-    table = Table(
-        title=title(results[0]),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, column in enumerate(COLUMNS):
         numeric = 1 <= i <= 7
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
@@ -118,6 +111,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
         )
     console = Console()
     console.width = max(console.width, NARROWEST)  # a file or a pipe counts as 80
+    console.print(title(results[0]), style="bold", highlight=False)
     console.print(table)
     console.print()
 

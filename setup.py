@@ -4,7 +4,7 @@ Every instruction set becomes a module of its own, fastcl._C.<isa>, so that no i
 compiled for a wide machine can be linked into code that runs on a narrow one. fastcl._C chooses
 at import. Without a compiler the install succeeds, and fastcl._C says what was missing.
 
-CXX                         the compiler; else g++, else clang++
+CXX, CXXFLAGS               the compiler (else g++, else clang++) and flags that come last
 FASTCL_BUILD_ISAS           comma-separated names from ISAS, to build fewer (baseline always)
 FASTCL_REQUIRE_COMPILER=1   fail instead of installing without the kernels
 """
@@ -147,6 +147,7 @@ class BuildKernels(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         includes = [python_headers(), pybind11.get_include()]
         common = [*COMPILE, *(f"-isystem{path}" for path in includes)]
+        own_last = shlex.split(os.environ.get("CXXFLAGS", ""))
         lines = [NINJA]
         for (isa, flags), module in zip(self.isas.items(), self.modules()):
             objects = []
@@ -156,7 +157,7 @@ class BuildKernels(build_ext):
                 own = [] if source.stem == "module" else flags
                 own = [*own, f"-DFASTCL_ISA={isa}"]
                 lines.append(f"build {out}: compile {escape(str(source))}")
-                lines.append("  flags = " + " ".join(map(escape_flag, [*common, *own])))
+                lines.append("  flags = " + " ".join(map(escape_flag, [*common, *own, *own_last])))
                 objects.append(out)
             lines.append(f"build {escape(str(module))}: link {' '.join(objects)}")
         (build / "build.ninja").write_text(f"cxx = {compiler}\n" + "\n".join(lines) + "\n")

@@ -89,13 +89,38 @@ for _arch in (80, 86, 90, 100):
     )
     # float32: exact products do not run on tensor cores, and an element takes twice the room.
     for _kernel in ("similarity_rows", "similarity_pairs", "similarity_diagonal"):
-        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 64, 32, 8, 2))
+        _n, _warps = (32, 4) if _kernel == "similarity_pairs" else (64, 8)
+        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, _n, 64, 32, _warps, 2))
     TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 32, 32, 32, 128, 4, 2))
+    TABLE |= _rows("similarity_gradient_ids", _arch, 4, SUM, (LARGE, 32, 32, 32, 64, 8, 2))
 TABLE |= {
     (key[0].replace("gradient", "mean"), *key[1:]): dict(row)
     for key, row in TABLE.items()
     if key[0].startswith("similarity_gradient")
 }
+for _kernel, _like in (
+    ("pair_sigmoid_loss", "similarity_rows"),
+    ("pair_sigmoid_gradient", "similarity_gradient"),
+    ("instance_spread_shares", "similarity_rows"),
+    ("instance_spread_loss", "similarity_rows"),
+    ("instance_spread_gradient", "similarity_gradient"),
+):
+    TABLE |= {(_kernel, *key[1:]): dict(row) for key, row in TABLE.items() if key[0] == _like}
+# What these make of a score needs more registers than an exponential.
+for _arch in (80, 86, 90, 100):
+    for _kernel in ("pair_sigmoid_loss", "instance_spread_shares", "instance_spread_loss"):
+        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 32, 32, 8, 2))
+    _x = 128 if _arch == 100 else 64
+    _warps = 4 if _arch == 90 else 8
+    TABLE |= _rows(
+        *("instance_spread_gradient", _arch, 2, SUM, (128, _x, 32, 128, 128, _warps, 2)),
+        *((256, 64, 32, 64, 128, 8, 2), (LARGE, 64, 32, 64, 128, 8, 2)),
+    )
+for _arch in (80, 86):
+    TABLE |= _rows(
+        *("pair_sigmoid_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
+        *((256, 64, 32, 256, 256, 8, 2), (LARGE, 64, 32, 64, 128, 4, 2)),
+    )
 
 # Bytes of shared memory that one block may ask for.
 SHARED_MEMORY: dict[Target, int] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from similarity_cases import check_self_similarity, ids_of, rows_of
 
-from fastcl.kernels import similarity_lse
+from fastcl.kernels import configs, similarity_lse
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -43,3 +43,9 @@ def test_the_same_bits_every_time():
     first = check_self_similarity(z, 9.0, normalize=True)
     second = check_self_similarity(z, 9.0, normalize=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_one_processor_makes_long_loops(monkeypatch):
+    monkeypatch.setattr(configs, "multiprocessors", lambda tensor: 1)
+    z = rows_of(137, 40, torch.bfloat16, "cuda", 0)
+    check_self_similarity(z, 9.0, normalize=True)

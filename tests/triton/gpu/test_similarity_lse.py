@@ -4,6 +4,8 @@ import pytest
 import torch
 from similarity_cases import check_mean, check_similarity, ids_of, rows_of
 
+from fastcl.kernels import configs
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IDS = ["float32", "float16", "bfloat16"]
 
@@ -60,3 +62,12 @@ def test_the_same_bits_every_time():
     first = check_similarity(q, k, 9.0, normalize=True)
     second = check_similarity(q, k, 9.0, normalize=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 60.0])
+def test_one_processor_makes_long_loops(monkeypatch, scale):
+    """Several tiles for each program, the last ragged."""
+    monkeypatch.setattr(configs, "multiprocessors", lambda tensor: 1)
+    q, k = pair(69, 130, 40, torch.bfloat16)
+    check_similarity(q, k, scale, normalize=True, tolerance=2e-2)
+    check_mean(q, k, scale, normalize=True, tolerance=2e-2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from similarity_cases import check_self_similarity, ids_of, rows_of
 
-from fastcl.kernels import similarity_lse
+from fastcl.kernels import configs, similarity_lse
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
@@ -60,3 +60,10 @@ def test_a_row_far_below_every_other_is_not_lost(monkeypatch, at, tiles):
     z[at] = -z[at]
     lse, _ = check_self_similarity(z, 1.0, normalize=False, tolerance=1e-4)
     assert lse[at] < -90
+
+
+@pytest.mark.parametrize("scale", [1e-3, 9.0, 60.0])
+def test_one_processor_makes_long_loops(monkeypatch, scale):
+    monkeypatch.setattr(configs, "multiprocessors", lambda tensor: 1)
+    z = rows_of(137, 40, torch.float32, "cpu", 0)
+    check_self_similarity(z, scale, normalize=True, tolerance=6e-5)

@@ -64,6 +64,18 @@ def test_scales_that_need_a_maximum(scale):
     check_mean(q, k, scale, normalize=True)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 9.0, 60.0])
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
+def test_one_processor_makes_long_loops(monkeypatch, normalize, scale):
+    """Several tiles for each program, the last ragged. With all scores near 0, a row of padding
+    would weigh as much as a real one."""
+    monkeypatch.setattr(configs, "multiprocessors", lambda tensor: 1)
+    q, k = pair(69, 130, 40, spread=1.0 if normalize else 0.3)
+    check_similarity(q, k, scale, normalize=normalize, tolerance=6e-5)
+    check_similarity(q, k, scale, normalize=normalize, columns=False, tolerance=6e-5)
+    check_mean(q, k, scale, normalize=normalize, tolerance=6e-5)
+
+
 def test_ids_leave_pairs_out():
     q, k = pair(37, 50, 40)
     ids = dict(query_ids=ids_of(37, 5, "cpu", 2), key_ids=ids_of(50, 5, "cpu", 3))

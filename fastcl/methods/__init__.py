@@ -1,12 +1,14 @@
 """The methods, by the name that `--method` takes, in the order in which they were published."""
 
 from fastcl.methods.base import Config, Method, Progress
+from fastcl.methods.invaspread import InvaSpread
 from fastcl.methods.moco_v1 import MoCoV1
 from fastcl.methods.moco_v2 import MoCoV2
 from fastcl.methods.simclr_v1 import SimCLRV1
 from fastcl.methods.swav import SwAV
 
 METHODS: dict[str, type[Method]] = {
+    "invaspread": InvaSpread,
     "moco-v1": MoCoV1,
     "simclr-v1": SimCLRV1,
     "moco-v2": MoCoV2,

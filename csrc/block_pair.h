@@ -1,4 +1,5 @@
-// One block of rows against one block of columns: what similarity_lse and self_similarity_lse share.
+// One block of rows against one block of columns: what similarity_lse and self_similarity_lse
+// share.
 //
 //   s_ij = t · q̂_i·k̂_j        a strip of rows at a time, used while it is in L1
 //   forward    Σ_j exp s_ij, Σ_i exp s_ij, Σ_j exp(s_ij) k̂_j
@@ -14,8 +15,8 @@
 
 namespace fastcl {
 
-// Floats from one row of a block of s or W to the next: an odd number of cache lines, so that walking
-// down a column does not meet the same few sets of L1. Two bfloat16 take one float's place.
+// Floats from one row of a block of s or W to the next: an odd number of cache lines, so that
+// walking down a column does not meet the same few sets of L1. Two bfloat16 take one float's place.
 constexpr int64_t W_ROW = BLOCK_MAX + 16;
 
 template <bool PAIRED>
@@ -43,8 +44,13 @@ struct Workspace {
 class Workspaces {
  public:
   Workspaces(int threads, bool paired, int64_t mean, int64_t packed, int64_t packing)
-      : sizes_{BLOCK_MAX * W_ROW, paired ? BLOCK_MAX * W_ROW / 2 : 0,
-               paired ? BLOCK_MAX * W_ROW / 2 : 0, mean, packed, packing, 6 * BLOCK_MAX},
+      : sizes_{BLOCK_MAX * W_ROW,
+               paired ? BLOCK_MAX * W_ROW / 2 : 0,
+               paired ? BLOCK_MAX * W_ROW / 2 : 0,
+               mean,
+               packed,
+               packing,
+               6 * BLOCK_MAX},
         total_(0),
         memory_(size_t(threads) * bytes()) {}
 
@@ -72,17 +78,18 @@ struct Pass {
   const int64_t* query_ids;  // (N,) and (M,): pairs with equal ids are left out; or null
   const int64_t* key_ids;
   float scale;  // s = scale · q̂·k̂: t, or t · log2 e for those who work in base 2
-  bool self;     // key is query; j ≤ i is left out of a block paired with itself
+  bool self;    // key is query; j ≤ i is left out of a block paired with itself
 
   bool bounded(const Block& q, const Block& k) const {
     return std::fabs(scale) * q.bound * k.bound <= BOUND;
   }
   bool diagonal(const Block& q, const Block& k) const { return self && q.first == k.first; }
-  // Losses number their pairs in ascending order: then few blocks can hold equal ids, and only those
-  // compare them.
+  // Losses number their pairs in ascending order: then few blocks can hold equal ids, and only
+  // those compare them.
   bool ids_meet(const Block& q, const Block& k) const {
     if (!query_ids || !key_ids) return false;
-    const auto [q_low, q_high] = std::minmax_element(query_ids + q.first, query_ids + q.first + q.rows);
+    const auto [q_low, q_high] =
+        std::minmax_element(query_ids + q.first, query_ids + q.first + q.rows);
     const auto [k_low, k_high] = std::minmax_element(key_ids + k.first, key_ids + k.first + k.rows);
     return *q_low <= *k_high && *k_low <= *q_high;
   }
@@ -109,7 +116,8 @@ inline void for_strips(const Pass& pass, const Block& q, const Block& k, float* 
       const int64_t begin = diagonal ? r / NR * NR : 0, rows = std::min<int64_t>(MR, q.rows - r);
       for (int64_t c = begin; c < end; c += NR) {
         Finish finish{depth > 0};
-        if (PAIRED && last) finish.row_factor = q.factor + r, finish.column_factor = k.right_factor + c;
+        if (PAIRED && last)
+          finish.row_factor = q.factor + r, finish.column_factor = k.right_factor + c;
         tile<Words, NR, 1, 2>(q.left + (depth / NR * pass.query.block + r) * NR, NR,
                               pass.query.block * NR, k.right + c * words + depth * NR, count,
                               strip + c, W_ROW, finish);
@@ -159,26 +167,28 @@ inline void forward_pair(const Pass& pass, const Block& q, const Block& k, const
     clear(columns, pass.key.block);
     if (bounded) std::fill_n(columns.maximum, pass.key.block, 0.0f);
   }
-  for_strips<PAIRED>(
-      pass, q, k, work.s, KEEP && !PAIRED,
-      [&](float* s, int64_t r0, int64_t count, int64_t begin, int64_t end) {
-        const auto sum = [&](auto bound, auto group, int64_t r) {
-          sum_rows<group(), bound(), COLUMNS, KEEP>(s + r * W_ROW, W_ROW, begin, end,
-                                                    rows + (r0 + r), columns);
-        };
-        constexpr std::integral_constant<int, GROUP> six{};
-        constexpr std::integral_constant<int, 1> one{};
-        if (bounded)
-          in_groups(count, [&](int64_t r) { sum(std::true_type{}, six, r); },
-                    [&](int64_t r) { sum(std::true_type{}, one, r); });
-        else
-          in_groups(count, [&](int64_t r) { sum(std::false_type{}, six, r); },
-                    [&](int64_t r) { sum(std::false_type{}, one, r); });
+  for_strips<PAIRED>(pass, q, k, work.s, KEEP && !PAIRED,
+                     [&](float* s, int64_t r0, int64_t count, int64_t begin, int64_t end) {
+                       const auto sum = [&](auto bound, auto group, int64_t r) {
+                         sum_rows<group(), bound(), COLUMNS, KEEP>(s + r * W_ROW, W_ROW, begin, end,
+                                                                   rows + (r0 + r), columns);
+                       };
+                       constexpr std::integral_constant<int, GROUP> six{};
+                       constexpr std::integral_constant<int, 1> one{};
+                       if (bounded)
+                         in_groups(
+                             count, [&](int64_t r) { sum(std::true_type{}, six, r); },
+                             [&](int64_t r) { sum(std::true_type{}, one, r); });
+                       else
+                         in_groups(
+                             count, [&](int64_t r) { sum(std::false_type{}, six, r); },
+                             [&](int64_t r) { sum(std::false_type{}, one, r); });
 #if defined(__AVX512BF16__)
-        if (KEEP && PAIRED)
-          pack_rows(s, W_ROW, count, begin, end, k.factor, work.w_rows + r0 * (W_ROW / 2), W_ROW / 2);
+                       if (KEEP && PAIRED)
+                         pack_rows(s, W_ROW, count, begin, end, k.factor,
+                                   work.w_rows + r0 * (W_ROW / 2), W_ROW / 2);
 #endif
-      });
+                     });
 }
 
 // A strip of W in the layouts that times_keys and times_queries read; floats are there already.
@@ -205,18 +215,19 @@ inline void weights_pair(const Pass& pass, const Block& q, const Block& k, const
       pass, q, k, work.s, !PAIRED,
       [&](float* s, int64_t r0, int64_t count, int64_t begin, int64_t end) {
         const auto weigh_rows = [&](auto bound, auto group, int64_t r) {
-          weigh<group(), bound(), OF_ROWS, OF_COLUMNS>(s + r * W_ROW, W_ROW, begin, end,
-                                                       rows + (q.first + r0 + r),
-                                                       columns + k.first);
+          weigh<group(), bound(), OF_ROWS, OF_COLUMNS>(
+              s + r * W_ROW, W_ROW, begin, end, rows + (q.first + r0 + r), columns + k.first);
         };
         constexpr std::integral_constant<int, GROUP> six{};
         constexpr std::integral_constant<int, 1> one{};
         if (bounded)
-          in_groups(count, [&](int64_t r) { weigh_rows(std::true_type{}, six, r); },
-                    [&](int64_t r) { weigh_rows(std::true_type{}, one, r); });
+          in_groups(
+              count, [&](int64_t r) { weigh_rows(std::true_type{}, six, r); },
+              [&](int64_t r) { weigh_rows(std::true_type{}, one, r); });
         else
-          in_groups(count, [&](int64_t r) { weigh_rows(std::false_type{}, six, r); },
-                    [&](int64_t r) { weigh_rows(std::false_type{}, one, r); });
+          in_groups(
+              count, [&](int64_t r) { weigh_rows(std::false_type{}, six, r); },
+              [&](int64_t r) { weigh_rows(std::false_type{}, one, r); });
         keep_weights<PAIRED>(q, k, work, s, r0, count, begin, end, need_query, need_key);
       });
 }
@@ -243,12 +254,12 @@ inline void times_queries(const Pass& pass, const Block& q, const Block& k, cons
   using Words = typename WordsOf<PAIRED>::type;
   const int64_t per_word = PAIRED ? 2 : 1;
   const bool diagonal = pass.diagonal(q, k);
-  multiply<Words, 1, W_ROW>(
-      PAIRED ? work.w_pairs : work.s, q.values, pass.query.block / per_word, sums, pass.key.block,
-      k.rows, pass.query.d, add, [&](int64_t c) {
-        const int64_t end = diagonal ? std::min<int64_t>(q.rows, c + MR) : q.rows;
-        return Range{0, (end + per_word - 1) / per_word};
-      });
+  multiply<Words, 1, W_ROW>(PAIRED ? work.w_pairs : work.s, q.values, pass.query.block / per_word,
+                            sums, pass.key.block, k.rows, pass.query.d, add, [&](int64_t c) {
+                              const int64_t end =
+                                  diagonal ? std::min<int64_t>(q.rows, c + MR) : q.rows;
+                              return Range{0, (end + per_word - 1) / per_word};
+                            });
 }
 
 }  // namespace fastcl

@@ -1,9 +1,11 @@
-// The matrix products of the similarity kernels: a tile of MR rows and NR columns of C in registers.
+// The matrix products of the similarity kernels: a tile of MR rows and NR columns of C in
+// registers.
 //
 //   C_ij = Σ_k A(i, k) B(k, j)          A(i, k) = a[i · ROW + k · STEP],  B(k, j) = b[k · NR + j]
 //
-// Each k loads B's row as two vectors and broadcasts MR words of A: with 32 registers 24 multiply-adds
-// for 14 loads, and no accumulator leaves its register. Measured at 98 % of the multiply-add peak.
+// Each k loads B's row as two vectors and broadcasts MR words of A: with 32 registers 24
+// multiply-adds for 14 loads, and no accumulator leaves its register. Measured at 98 % of the
+// multiply-add peak.
 // A and B are words of 32 bits: one float, or two bfloat16 that are neighbours along k.
 #pragma once
 

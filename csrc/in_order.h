@@ -1,9 +1,9 @@
 // Tasks that run at the same time and still add up in one order, whatever the number of threads.
 //
 // Threads take the tasks in their order. Where a task touches what others touch too (the sums of a
-// block of rows), it waits for its turn: the number of tasks before it that touch that block. A task
-// waits only for earlier ones, which some thread has already taken, so there is no deadlock; and the
-// orders below let neighbouring tasks touch different blocks, so there is little waiting.
+// block of rows), it waits for its turn: the number of tasks before it that touch that block. A
+// task waits only for earlier ones, which some thread has already taken, so there is no deadlock;
+// and the orders below let neighbouring tasks touch different blocks, so there is little waiting.
 #pragma once
 
 #include <atomic>
@@ -52,7 +52,8 @@ struct BlockPair {
   int64_t turn_i, turn_j;  // how many earlier pairs hold i, j
 };
 
-// All pairs of `rows` × `columns` blocks: a Latin square, so that in a round no block appears twice.
+// All pairs of `rows` × `columns` blocks: a Latin square, so that in a round no block appears
+// twice.
 struct Rectangle {
   int64_t rows, columns;
   int64_t tasks() const { return rows * columns; }

@@ -10,8 +10,9 @@
 //          = −q_rc − m p_rc B_r                           on the partner
 //   ∂/∂ẑ_r = t Σ_c g_r G_rc ẑ_c (+ t Σ_c g_c G_cr ẑ_c if columns are not detached)
 //
-// q is never formed by a subtraction that cancels. Only the largest entry of a row can exceed ½; the
-// first pass keeps that maximum apart from the sum of the others, whose share o_r of D_r is its q.
+// q is never formed by a subtraction that cancels. Only the largest entry of a row can exceed ½;
+// the first pass keeps that maximum apart from the sum of the others, whose share o_r of D_r is its
+// q.
 // The few entries that are special (a row's partner, an entry above ½) are taken out of the strip
 // and treated one by one; vectors see only p ≤ ½.
 // Two matrix products forward, two backward (three with a gradient to the columns).
@@ -51,9 +52,7 @@ struct Problem {
         scale(scale) {
     std::iota(ids.begin(), ids.end(), 0);
   }
-  Pass pass() const {
-    return {layout, layout, ids.data(), ids.data(), scale, false};
-  }
+  Pass pass() const { return {layout, layout, ids.data(), ids.data(), scale, false}; }
   // The column of row r's partner in block k, or −1.
   int64_t partner(int64_t r, const Block& k) const {
     const int64_t half = layout.n / 2, c = (r < half ? r + half : r - half) - k.first;
@@ -108,8 +107,8 @@ struct Row {
 // use(p of a vector, its place) for the ordinary negatives of a row, and single(p, q, is partner,
 // place, s − top) for its partner and an entry above ½, whose place in the strip is cleared.
 template <class Use, class Single>
-void for_entries(float* s, int64_t begin, int64_t end, int64_t partner, float log_m,
-                 const Row& row, Use use, Single single) {
+void for_entries(float* s, int64_t begin, int64_t end, int64_t partner, float log_m, const Row& row,
+                 Use use, Single single) {
   const float shift = log_m - row.top;  // exact enough: s − top is of the size of log p
   int64_t special[2] = {partner, -1};
   if (row.o < 0.5f) {  // one entry may exceed ½: the one that is the maximum
@@ -131,17 +130,16 @@ void for_entries(float* s, int64_t begin, int64_t end, int64_t partner, float lo
 template <bool PAIRED, class Use>
 void for_rows(const Problem& problem, const Pass& pass, const Block& q, const Block& k, float* s,
               bool all, Use use) {
-  for_strips<PAIRED>(pass, q, k, s, all,
-                     [&](float* strip, int64_t r0, int64_t count, int64_t begin, int64_t end) {
-                       for (int64_t r = 0; r < count; ++r)
-                         use(strip + r * W_ROW, r0 + r, begin, end,
-                             problem.partner(q.first + r0 + r, k));
-                     });
+  for_strips<PAIRED>(
+      pass, q, k, s, all, [&](float* strip, int64_t r0, int64_t count, int64_t begin, int64_t end) {
+        for (int64_t r = 0; r < count; ++r)
+          use(strip + r * W_ROW, r0 + r, begin, end, problem.partner(q.first + r0 + r, k));
+      });
 }
 
 template <class T>
 void forward(const Problem& problem, const T* z, float* loss, float* log_d, float* o,
-                    float* b_small, float* b_large, int threads) {
+             float* b_small, float* b_large, int threads) {
   constexpr bool PAIRED = is_paired<T>();
   const Layout& layout = problem.layout;
   const Pass pass = problem.pass();
@@ -165,34 +163,33 @@ void forward(const Problem& problem, const T* z, float* loss, float* log_d, floa
       rows[size_t(r)].o = top.o();
     }
     for (int64_t j = 0; j < layout.blocks(); ++j)
-      for_rows<PAIRED>(
-          problem, pass, q, packed[j], work.s, false,
-          [&](float* s, int64_t r, int64_t begin, int64_t end, int64_t partner) {
-            Row& row = rows[size_t(r)];
-            F logs{}, ratios{};
-            for_entries(
-                s, begin, end, partner, problem.log_m, row,
-                [&](F p, int64_t) {
-                  if (m >= 1) {
-                    const F u = p * (1 / m);
-                    logs = fma(u, log1m_over(u), logs);
-                  } else {
-                    for (int i = 0; i < LANES; ++i) logs[i] -= std::log1p(-p[i] / m);
-                  }
-                  ratios += p / (m - p);
-                },
-                [&](float p, float not_p, bool is_partner, int64_t, float exponent) {
-                  if (is_partner) {
-                    row.loss -= p > 0.5f ? std::log1p(-double(row.o))
-                                         : exponent + std::log(double(row.inverse));
-                    return;
-                  }
-                  row.loss -= double(m) * std::log((not_p + (double(m) - 1)) / m);
-                  row.b_large = p / (m - 1 + not_p);
-                });
-            row.loss += double(m) * sum(logs);
-            row.b_small += sum(ratios);
-          });
+      for_rows<PAIRED>(problem, pass, q, packed[j], work.s, false,
+                       [&](float* s, int64_t r, int64_t begin, int64_t end, int64_t partner) {
+                         Row& row = rows[size_t(r)];
+                         F logs{}, ratios{};
+                         for_entries(
+                             s, begin, end, partner, problem.log_m, row,
+                             [&](F p, int64_t) {
+                               if (m >= 1) {
+                                 const F u = p * (1 / m);
+                                 logs = fma(u, log1m_over(u), logs);
+                               } else {
+                                 for (int i = 0; i < LANES; ++i) logs[i] -= std::log1p(-p[i] / m);
+                               }
+                               ratios += p / (m - p);
+                             },
+                             [&](float p, float not_p, bool is_partner, int64_t, float exponent) {
+                               if (is_partner) {
+                                 row.loss -= p > 0.5f ? std::log1p(-double(row.o))
+                                                      : exponent + std::log(double(row.inverse));
+                                 return;
+                               }
+                               row.loss -= double(m) * std::log((not_p + (double(m) - 1)) / m);
+                               row.b_large = p / (m - 1 + not_p);
+                             });
+                         row.loss += double(m) * sum(logs);
+                         row.b_small += sum(ratios);
+                       });
     for (int64_t r = 0; r < q.rows; ++r) {
       const Row& row = rows[size_t(r)];
       const int64_t i = q.first + r;
@@ -205,8 +202,8 @@ void forward(const Problem& problem, const T* z, float* loss, float* log_d, floa
 
 template <class T>
 void backward(const Problem& problem, const float* grad, const T* z, const float* log_d,
-                     const float* o, const float* b_small, const float* b_large, T* grad_z,
-                     float* grad_scale, bool detach_columns, int threads) {
+              const float* o, const float* b_small, const float* b_large, T* grad_z,
+              float* grad_scale, bool detach_columns, int threads) {
   constexpr bool PAIRED = is_paired<T>();
   const Layout& layout = problem.layout;
   const Pass pass = problem.pass();
@@ -246,7 +243,8 @@ void backward(const Problem& problem, const float* grad, const T* z, const float
                 s, begin, end, problem.partner(i, k), problem.log_m, row,
                 [&](F p, int64_t c) {
                   const F ratio = p / (m - p);
-                  const F weight = p * (1.0f - m * (small + large - ratio)) + m * ratio * (1.0f - p);
+                  const F weight =
+                      p * (1.0f - m * (small + large - ratio)) + m * ratio * (1.0f - p);
                   store(s + c, weight * g);
                 },
                 entry);

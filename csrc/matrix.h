@@ -95,9 +95,7 @@ inline double finish_block(const Layout& layout, const T* x, const float* du, fl
     const T* row = x + (b * layout.block + r) * d;
     const float length = layout.normalize ? norm(row, d) : 1.0f;
     const float inverse = layout.normalize ? 1 / std::fmax(length, SMALLEST_NORM) : 1.0f;
-    const auto at = [&](int64_t k) {
-      return du + (k / NR * layout.block + r) * NR + k % NR;
-    };
+    const auto at = [&](int64_t k) { return du + (k / NR * layout.block + r) * NR + k % NR; };
     F product{};
     for (int64_t k = 0; k < d; k += LANES)
       product = fma(load(row + k, d - k), load(at(k), d - k), product);

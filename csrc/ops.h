@@ -71,13 +71,14 @@ void queue_push(void* queue,       // (M, D)
                 const void* keys,  // (B, D)
                 int64_t m, int64_t b, int64_t d, int queue_dtype, int key_dtype, int threads);
 
-// ---- similarity_lse.cpp          scale: one float; ids: (N,), (M,) or null; any output may be null
+// ---- similarity_lse.cpp: scale: one float; ids: (N,), (M,) or null; any output may be null
 void similarity_lse_forward(const void* query,  // (N, D)
                             const void* key,    // (M, D)
                             const float* scale, const int64_t* query_ids, const int64_t* key_ids,
                             float* row_lse,     // (N,)
                             float* column_lse,  // (M,)
-                            int64_t n, int64_t m, int64_t d, bool normalize, int dtype, int threads);
+                            int64_t n, int64_t m, int64_t d, bool normalize, int dtype,
+                            int threads);
 void similarity_lse_forward_with_mean(const void* query,  // (N, D)
                                       const void* key,    // (M, D)
                                       const float* scale, const int64_t* query_ids,
@@ -191,7 +192,6 @@ void bank_scores_backward(const float* grad,     // (N, K)
 void bank_update(void* bank,            // (M, D)
                  const int64_t* index,  // (B,)
                  const void* features,  // (B, D)
-                 int64_t batch, int64_t d, double momentum, int bank_dtype, int dtype,
-                 int threads);
+                 int64_t batch, int64_t d, double momentum, int bank_dtype, int dtype, int threads);
 
 }  // namespace fastcl

@@ -4,10 +4,10 @@
 //   right   (block / NR, words, NR) the same, transposed, times t: B of the scores
 //   values  (panels, block, NR)     features along NR: B of the gradients (for floats: left itself)
 //
-// A word is a float, or (PAIRED, with bfloat16 instructions) two bfloat16 neighbours along the summed
-// dimension. PAIRED keeps the given bfloat16 rows, times a power of two that makes their norm lie in
-// [1, 2), so packing rounds nothing; the rest of the normalisation is a factor per row on the scores:
-// x̂_i = factor_i · packed_i.
+// A word is a float, or (PAIRED, with bfloat16 instructions) two bfloat16 neighbours along the
+// summed dimension. PAIRED keeps the given bfloat16 rows, times a power of two that makes their
+// norm lie in [1, 2), so packing rounds nothing; the rest of the normalisation is a factor per row
+// on the scores: x̂_i = factor_i · packed_i.
 #pragma once
 
 #include <unistd.h>
@@ -36,8 +36,8 @@ inline int64_t l2_bytes() {
 #endif
 }
 
-// Rows in a block: B's part of the scores (2/5 of L2) and the block of weights (3/5) stay in L2, and
-// there are enough blocks to share between threads. Never a function of the number of threads.
+// Rows in a block: B's part of the scores (2/5 of L2) and the block of weights (3/5) stay in L2,
+// and there are enough blocks to share between threads. Never a function of the number of threads.
 inline int64_t block_rows(int64_t n, int64_t d) {
   const int64_t depth = std::min(d, DEPTH_MAX), words = l2_bytes() / 4;
   int64_t most = BLOCK_MAX;

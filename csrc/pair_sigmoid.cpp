@@ -3,7 +3,8 @@
 //   s_ij   = t · x̂_i·ŷ_j + b,   z_ij = 1 on the diagonal, −1 off it
 //   loss_i = Σ_j softplus(−z_ij s_ij)
 //   W_ij   = −g_i z_ij σ(−z_ij s_ij)
-//   ∂/∂x̂_i = t Σ_j W_ij ŷ_j,  ∂/∂ŷ_j = t Σ_i W_ij x̂_i,  ∂/∂t = Σ_ij W_ij x̂_i·ŷ_j,  ∂/∂b = Σ_ij W_ij
+//   ∂/∂x̂_i = t Σ_j W_ij ŷ_j,  ∂/∂ŷ_j = t Σ_i W_ij x̂_i,  ∂/∂t = Σ_ij W_ij x̂_i·ŷ_j,
+//   ∂/∂b = Σ_ij W_ij
 //
 // W needs no statistics of the row, so loss and gradients come from one pass: three matrix products
 // in all. Memory O(N·D); the same bits for any number of threads.
@@ -40,7 +41,7 @@ inline SoftPlus softplus(F x) {
 struct Problem {
   Layout layout;
   float scale, bias;
-  const float* grad;   // (N,) or null: 1
+  const float* grad;  // (N,) or null: 1
   bool need_image, need_text;
 };
 
@@ -120,7 +121,8 @@ void run(const Problem& problem, const T* image, const T* text, float* loss, T* 
     total += weights[size_t(i)] * (problem.grad ? problem.grad[i] : 1.0f);
   *grad_bias = float(total);
   double by_image = 0, by_text = 0;
-  if (need_image) by_image = finish(layout, image, dx.as<float>(), problem.scale, grad_image, threads);
+  if (need_image)
+    by_image = finish(layout, image, dx.as<float>(), problem.scale, grad_image, threads);
   if (need_text) by_text = finish(layout, text, dy.as<float>(), problem.scale, grad_text, threads);
   *grad_scale = float(need_image ? by_image : by_text);
 }
@@ -135,8 +137,7 @@ void pair_sigmoid(const float* grad, const void* image, const void* text, const 
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Layout layout{n, d, block_rows(n, d), is_paired<T>(), normalize};
-    const Problem problem{layout,  *scale,    *bias, grad, grad_image != nullptr,
-                          grad_text != nullptr};
+    const Problem problem{layout, *scale, *bias, grad, grad_image != nullptr, grad_text != nullptr};
     run<T>(problem, static_cast<const T*>(image), static_cast<const T*>(text), loss,
            static_cast<T*>(grad_image), static_cast<T*>(grad_text), grad_scale, grad_bias, threads);
   });

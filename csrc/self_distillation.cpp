@@ -30,7 +30,8 @@ struct Shape {
   double pairs() const { return double(students * teachers - std::min(students, teachers)); }
 };
 
-// t_T log2 e in two parts: rounded to one float it is another temperature, which sharp teachers show.
+// t_T log2 e in two parts: rounded to one float it is another temperature, which sharp teachers
+// show.
 struct Sharpness {
   float high, low;
   explicit Sharpness(float scale)
@@ -115,8 +116,8 @@ void self_distillation_forward(const void* student, const void* teacher, const f
   const Sharpness t2(*teacher_scale);
   const Scratch parts(sizeof(soft::Sums<double>) * size_t(rows * pieces));
   const Scratch softmaxes(sizeof(soft::Softmax) * size_t(teachers * n));
-  auto* part = parts.as<soft::Sums<double>>();  // (S, N, pieces)
-  auto* softmax = softmaxes.as<soft::Softmax>();      // (T, N)
+  auto* part = parts.as<soft::Sums<double>>();    // (S, N, pieces)
+  auto* softmax = softmaxes.as<soft::Softmax>();  // (T, N)
   with_type(dtype, [&](auto* type) {
     const auto* x = static_cast<decltype(type)>(const_cast<void*>(student));
     const auto* y = static_cast<decltype(type)>(const_cast<void*>(teacher));
@@ -167,8 +168,8 @@ void self_distillation_backward(const float* grad, const void* student, const vo
   const Sharpness t2(*teacher_scale);
   const Scratch parts(sizeof(double) * size_t(rows * pieces));
   const Scratch softmaxes(sizeof(soft::Softmax) * size_t(teachers * n + rows));
-  auto* part = parts.as<double>();                        // (S, N, pieces)
-  auto* of_teacher = softmaxes.as<soft::Softmax>();             // (T, N)
+  auto* part = parts.as<double>();                                  // (S, N, pieces)
+  auto* of_teacher = softmaxes.as<soft::Softmax>();                 // (T, N)
   auto* of_student = softmaxes.as<soft::Softmax>() + teachers * n;  // (S, N)
   with_type(dtype, [&](auto* type) {
     using T = decltype(type);
@@ -181,8 +182,8 @@ void self_distillation_backward(const float* grad, const void* student, const vo
     {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < teachers * n; ++row)
-        of_teacher[row] = soft::softmax_of(
-            teacher_lse[row], [&] { return teacher_row(y + row * k, center, k, t2); });
+        of_teacher[row] = soft::softmax_of(teacher_lse[row],
+                                           [&] { return teacher_row(y + row * k, center, k, t2); });
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows; ++row)
         of_student[row] = soft::softmax_of(

@@ -7,7 +7,8 @@
 //
 // s is symmetric, so a pair of blocks i < j is computed once for the rows of both: half a matrix
 // product forward, one and a half backward. Memory O(N·D); the same bits for any number of threads.
-// Plain version: fastcl/reference/self_similarity_lse.py. Triton twin: kernels/self_similarity_lse.py.
+// Plain version: fastcl/reference/self_similarity_lse.py.
+// Triton twin: kernels/self_similarity_lse.py.
 #include "matrix.h"
 
 namespace fastcl {

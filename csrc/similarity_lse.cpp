@@ -7,8 +7,8 @@
 //   W_ij     = g_i exp(s_ij − row_i) + h_j exp(s_ij − column_j)
 //   ∂/∂q̂_i  = t Σ_j W_ij k̂_j,   ∂/∂k̂_j = t Σ_i W_ij q̂_i,   ∂/∂t = Σ_ij W_ij q̂_i·k̂_j
 //
-// One matrix product forward, three backward; with the mean two in all. Rows and columns come from the
-// same pass. Memory O((N + M)·D); the same bits for any number of threads.
+// One matrix product forward, three backward; with the mean two in all. Rows and columns come from
+// the same pass. Memory O((N + M)·D); the same bits for any number of threads.
 // Plain version: fastcl/reference/similarity_lse.py. Triton twin: kernels/similarity_lse.py.
 #include "matrix.h"
 
@@ -19,8 +19,8 @@ namespace {
 // keys is read once and not written out again, which would cost as much as a tenth of the products.
 constexpr int64_t FEW_BLOCKS = 4;
 
-Pass pass_of(int64_t n, int64_t m, int64_t d, bool paired, bool normalize,
-             const int64_t* query_ids, const int64_t* key_ids, float scale) {
+Pass pass_of(int64_t n, int64_t m, int64_t d, bool paired, bool normalize, const int64_t* query_ids,
+             const int64_t* key_ids, float scale) {
   const Layout query{n, d, block_rows(n, d), paired, normalize};
   const Layout key{m, d, block_rows(m, d), paired, normalize};
   return {query, key, query_ids, key_ids, scale, false};
@@ -98,7 +98,8 @@ void forward(const T* query, const T* key, float scale, const int64_t* query_ids
   if (few) {
     in_order(pass.key.blocks(), threads, [&](int64_t j, int thread) {
       const Workspace work = workspaces[thread];
-      const Block k = pack_block(pass.key, KEY_PARTS, key, j, pass.scale, work.packed, work.packing);
+      const Block k =
+          pack_block(pass.key, KEY_PARTS, key, j, pass.scale, work.packed, work.packing);
       for (int64_t i = 0; i < pass.query.blocks(); ++i) run(work, {i, j, j, i}, k);
     });
   } else {
@@ -148,8 +149,7 @@ void backward(const float* grad_rows, const float* grad_columns, const T* query,
       weigh(std::false_type{}, std::true_type{});
     if (need_query) {
       query_turns.wait(pair.i, pair.turn_i);
-      times_keys<PAIRED>(pass, qi, kj, work, dq.as<float>() + pair.i * query_size,
-                         pair.turn_i > 0);
+      times_keys<PAIRED>(pass, qi, kj, work, dq.as<float>() + pair.i * query_size, pair.turn_i > 0);
       query_turns.next(pair.i);
     }
     if (need_key) {
@@ -160,8 +160,7 @@ void backward(const float* grad_rows, const float* grad_columns, const T* query,
     }
   });
   double by_query = 0, by_key = 0;
-  if (need_query)
-    by_query = finish(pass.query, query, dq.as<float>(), scale, grad_query, threads);
+  if (need_query) by_query = finish(pass.query, query, dq.as<float>(), scale, grad_query, threads);
   if (need_key) by_key = finish(pass.key, key, dk.as<float>(), scale, grad_key, threads);
   *grad_scale = float(need_query ? by_query : by_key);
 }
@@ -210,10 +209,9 @@ void similarity_lse_forward_with_mean(const void* query, const void* key, const 
 
 void similarity_lse_backward(const float* grad_rows, const float* grad_columns, const void* query,
                              const void* key, const float* scale, const int64_t* query_ids,
-                             const int64_t* key_ids, const float* row_lse,
-                             const float* column_lse, void* grad_query, void* grad_key,
-                             float* grad_scale, int64_t n, int64_t m, int64_t d, bool normalize,
-                             int dtype, int threads) {
+                             const int64_t* key_ids, const float* row_lse, const float* column_lse,
+                             void* grad_query, void* grad_key, float* grad_scale, int64_t n,
+                             int64_t m, int64_t d, bool normalize, int dtype, int threads) {
   threads = threads_for(3 * n * m * d, threads);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -8,7 +8,8 @@
 //
 // Forward reads each logit once. Rows are cut into pieces of a fixed length, the unit of work of a
 // thread, combined in order.
-// Plain version: fastcl/reference/soft_cross_entropy.py. Triton twin: kernels/soft_cross_entropy.py.
+// Plain version: fastcl/reference/soft_cross_entropy.py.
+// Triton twin: kernels/soft_cross_entropy.py.
 #include <algorithm>
 #include <numeric>
 
@@ -65,7 +66,7 @@ void soft_cross_entropy_backward(const float* grad, const void* logits, const vo
   const int64_t pieces = std::max<int64_t>(1, (k + PIECE - 1) / PIECE);
   const float scale2 = float(scale * soft::LOG2E_);
   const Scratch memory(sizeof(double) * size_t(n * (pieces + 1)));
-  auto* part = memory.as<double>();                       // (N, pieces)
+  auto* part = memory.as<double>();                                    // (N, pieces)
   auto* of_row = reinterpret_cast<soft::Softmax*>(part + n * pieces);  // (N,)
   with_types(dtype, target_dtype, [&](auto* logit, auto* target) {
     using X = decltype(logit);
@@ -86,8 +87,9 @@ void soft_cross_entropy_backward(const float* grad, const void* logits, const vo
       for (int64_t i = 0; i < n * pieces; ++i) {
         const int64_t row = i / pieces, j = i % pieces * PIECE, at = row * k + j;
         part[i] = double(grad[row]) * soft::gradient(x + at, y + at, std::min(k - j, PIECE), scale2,
-                                               of_row[row].top, of_row[row].share, scale * grad[row],
-                                               bytes > PAST_CACHES_BYTES, dx + at);
+                                                     of_row[row].top, of_row[row].share,
+                                                     scale * grad[row], bytes > PAST_CACHES_BYTES,
+                                                     dx + at);
       }
       after_stores_past_caches();
     }

@@ -1,7 +1,7 @@
 // A row of logits against a row of targets: the sums of a forward pass, the gradient of a backward.
 //
-// Every lane of a vector keeps its own maximum and the sums relative to it, so that neither a common
-// offset of the logits nor their size costs digits.
+// Every lane of a vector keeps its own maximum and the sums relative to it, so that neither a
+// common offset of the logits nor their size costs digits.
 // Source: online maximum and sum: Milakov & Gimelshein 2018, arXiv:1805.02867.
 #pragma once
 
@@ -13,8 +13,8 @@
 
 namespace fastcl::soft {
 
-constexpr int64_t TILE = 8;            // vectors that share one look at the maximum
-constexpr float LOWEST = -1e30f;       // below any exponent, and its products stay finite
+constexpr int64_t TILE = 8;       // vectors that share one look at the maximum
+constexpr float LOWEST = -1e30f;  // below any exponent, and its products stay finite
 constexpr double LOG2E_ = 1.44269504088896340736, LN2_ = 0.69314718055994530942;
 
 // Sums over some k relative to the maximum of x: Σ 2^(x−top), Σ y (x − top), Σ y; x = s log2 e.

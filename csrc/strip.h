@@ -1,8 +1,10 @@
 // What happens to a strip of scores while it is in L1: masks, exponentials, sums, weights.
 //
-// A strip is up to MR rows of s = t · q̂·k̂, `row` floats apart, columns [begin, end), whole vectors.
-// BOUNDED strips are known to have |s| ≤ BOUND: exp(s) needs no maximum, one exponential serves rows and columns, and sums of 10^9 terms stay in float's range. Otherwise
-// rows and columns each keep a maximum of their own, so nothing that matters can vanish.
+// A strip is up to MR rows of s = t · q̂·k̂, `row` floats apart, columns [begin, end), whole
+// vectors.
+// BOUNDED strips are known to have |s| ≤ BOUND: exp(s) needs no maximum, one exponential serves
+// rows and columns, and sums of 10^9 terms stay in float's range. Otherwise rows and columns each
+// keep a maximum of their own, so nothing that matters can vanish.
 #pragma once
 
 #include <cfloat>
@@ -11,19 +13,19 @@
 
 namespace fastcl {
 
-constexpr float BOUND = 64.0f;  // e^64 · 10^10 terms and e^-64 are within float's e^±87
-constexpr float LEFT_OUT = -FLT_MAX / 2;  // a score that is not there
+constexpr float BOUND = 64.0f;              // e^64 · 10^10 terms and e^-64 are within float's e^±87
+constexpr float LEFT_OUT = -FLT_MAX / 2;    // a score that is not there
 constexpr float NO_MAXIMUM = -FLT_MAX / 4;  // above LEFT_OUT, so that exp(LEFT_OUT − it) is 0
-constexpr int GROUP = 6;  // rows that share a pass: their sums and the exponentials fit in registers
+constexpr int GROUP = 6;  // rows of one pass: their sums and exponentials fit in registers
 
-// Not exp2 of scores in base 2: lse is handed back in base e, and converting it forth and back would
-// cost |s| · 2^-24 in every probability. The difference s − lse is exact where it matters.
+// Not exp2 of scores in base 2: lse is handed back in base e, and converting it forth and back
+// would cost |s| · 2^-24 in every probability. The difference s − lse is exact where it matters.
 inline F exp(F x) { return exp2(x * LOG2E); }
 inline F exp_bounded(F x) { return exp2_bounded(x * LOG2E); }
 
 // Where scores are left out of a block pair.
 struct Mask {
-  bool upper = false;               // j ≤ i, in a block paired with itself
+  bool upper = false;                // j ≤ i, in a block paired with itself
   const int64_t* row_ids = nullptr;  // (rows,) equal ids, or null
   const int64_t* column_ids = nullptr;
   int64_t columns = 0;  // from here on there are none
@@ -53,7 +55,8 @@ struct Sums {
   Sums operator+(int64_t i) const { return {maximum + i, sum + i}; }
 };
 
-// Row sums of ROWS rows (written) and column sums (added to); KEEP writes exp(s − maximum_i) over s.
+// Row sums of ROWS rows (written) and column sums (added to); KEEP writes exp(s − maximum_i) over
+// s.
 template <int ROWS, bool BOUNDED, bool COLUMNS, bool KEEP>
 inline void sum_rows(float* s, int64_t row, int64_t begin, int64_t end, Sums rows, Sums columns) {
   F m[ROWS], l[ROWS];

@@ -51,7 +51,6 @@ class Run:
 
 RUNS = "runs"  # the folder of run folders, where --output does not say otherwise
 PRECISIONS = ("fp32", "bf16", "fp16")
-RECIPES = ("quick", "paper")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def parse(argv: Sequence[str]) -> Request:
     method = early.method or str(known.get("method", Run.method))
     recipe = early.recipe or str(known.get("recipe", Run.recipe))
     choose("method", method, METHODS)
-    choose("recipe", recipe, RECIPES)
+    choose("recipe", recipe, METHODS[method].recipes)
     base = METHODS[method].recipes[recipe]
 
     parser = _parser(method, recipe, base)
@@ -248,7 +247,6 @@ def convert(owner: type, name: str, value: Any) -> Any:
 
 CHOICES: dict[str, Iterable[str]] = {
     "method": METHODS,
-    "recipe": RECIPES,
     "data": DATASETS,
     "augmentation": AUGMENTATIONS,
     "precision": PRECISIONS,

@@ -2,6 +2,7 @@
 
 build("tiny-resnet", image_size=32)     the small defaults: tiny-resnet, tiny-vit
 build("resnet50", image_size=224)       torchvision's ResNets, with their own parameter names
+build("vit-small-moco-v3", image_size=224)      MoCo v3's transformers, -small- and -base-
 build("timm/vit_small_patch16_224", image_size=224)     anything that timm has
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fastcl.models import vit_moco_v3
 from fastcl.models.tiny import TinyResNet, TinyViT
 
 __all__ = ["NAMES", "build"]
@@ -21,7 +23,11 @@ TORCHVISION = (
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
     *("wide_resnet50_2", "wide_resnet101_2"),
 )
-NAMES = (*TINY, *TORCHVISION)  # and timm/<name> for every name of timm.list_models()
+NAMES = (
+    *TINY,
+    *TORCHVISION,
+    *vit_moco_v3.SIZES,
+)  # and timm/<name> for every name of timm.list_models()
 SMALL_IMAGE = 64  # pixels: at most this much, and the stem keeps the resolution
 
 
@@ -40,12 +46,14 @@ def build(
         return TinyResNet(in_channels, zero_init_residual=zero_init_residual)
     if name in TORCHVISION:
         return _torchvision(name, image_size, in_channels, zero_init_residual)
-    if name != "tiny-vit" and not name.startswith("timm/"):
+    if name not in NAMES and not name.startswith("timm/"):
         raise ValueError(f"unknown backbone {name!r}. Backbones: {', '.join(NAMES)}, timm/<name>")
     if zero_init_residual:
         raise ValueError(f"zero_init_residual is for ResNets; backbone {name!r} takes none")
     if name == "tiny-vit":
         return TinyViT(in_channels)
+    if name in vit_moco_v3.SIZES:
+        return vit_moco_v3.build(name, image_size, in_channels)
     return _timm(name.removeprefix("timm/"), image_size, in_channels)
 
 

@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 from fastcl import models
+from fastcl.models import vit_moco_v3
 from fastcl.models.tiny import sine_positions
 
 
@@ -75,6 +76,28 @@ def test_timm_transformer_takes_the_image_size():
 def test_positions_match_moco_v3(golden):
     table = golden("mocov3_posembed_4x4_d96")["pos_embed_f64"][0, 1:]  # without the class token
     torch.testing.assert_close(sine_positions(4, 4, 96).double(), table, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name, grid, dim", [("4x4_d96", 4, 96), ("7x7_d192", 7, 192)])
+def test_moco_v3s_transformer_starts_as_the_official_one(golden, name, grid, dim, monkeypatch):
+    data = golden(f"mocov3_posembed_{name}")
+    monkeypatch.setitem(vit_moco_v3.SIZES, "small", (dim, 1, 3))
+    vit = vit_moco_v3.build("small", image_size=16 * grid)
+    torch.testing.assert_close(vit.pos_embed.double(), data["pos_embed_f64"], rtol=0, atol=3e-7)
+    assert not vit.pos_embed.requires_grad
+    for weight, key in (
+        (vit.patch_embed.proj.weight, "patch_w_bound"),
+        (vit.blocks[0].attn.qkv.weight, "qkv_bound"),
+    ):
+        bound = float(data[key])
+        assert 0.99 * bound < weight.abs().max() <= bound
+    assert not vit.patch_embed.proj.bias.any() and not vit.blocks[0].attn.qkv.bias.any()
+    assert 0 < vit.cls_token.abs().max() < 1e-5
+    assert vit.norm.eps == 1e-6 and vit.feature_dim == dim
+    vit.norm.register_forward_hook(lambda _, x, y: tokens.append(y))
+    tokens = []
+    features = vit(torch.rand(2, 3, 16 * grid, 16 * grid))
+    assert torch.equal(features, tokens[0][:, 0])  # the class token
 
 
 def test_unknown_names_are_listed():

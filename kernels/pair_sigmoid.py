@@ -1,0 +1,271 @@
+"""SigLIP's pairwise sigmoid loss, of a matrix of scores that is never stored.
+
+    s_ij   = t · x̂_i·ŷ_j + b,   z_ij = 1 on the diagonal, −1 off it,   a_ij = −z_ij s_ij
+    loss_i = Σ_j softplus(a_ij)
+    W_ij   = g_i c_ij,   c_ij = ∂softplus(a_ij)/∂s_ij = −z_ij σ(a_ij)
+    dx̂_i   = t Σ_j W_ij ŷ_j     dŷ_j = t Σ_i W_ij x̂_i     dt = Σ_ij W_ij x̂_i·ŷ_j     db = Σ_ij W_ij
+    dx_i   = r_i (dx̂_i − x̂_i <x̂_i, dx̂_i>)                  r_i = 1/‖x_i‖; x̂ = x/max(‖x‖, 1e-12)
+
+where normalize, else x̂ = x. No row maximum is needed: softplus(a) = max(a, 0) + log(1 + exp −|a|).
+One pass over the tiles forward (G), one for each gradient (2G each); a program owns a block of rows
+of the result and the parts are added in a fixed order: no atomics, the same bits every time. Extra
+memory O(N D).
+Plain version: fastcl/reference/pair_sigmoid.py. CPU twin: csrc/pair_sigmoid.cpp.
+Source: Zhai et al. 2023, arXiv:2303.15343, equation 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastcl.kernels import configs
+from fastcl.kernels._tiles import LN2, LOG2E, in_groups, load_tile, products, row_factors, wide
+from fastcl.kernels._weighted_sums import combine_gradient_kernel, splits_of, weights_bounds
+from fastcl.kernels.similarity_lse import chunk_of, options_of
+
+
+@triton.jit
+def log1p_of(e):
+    """log(1 + e) for −1 ≤ e ≤ 1, to float32's accuracy where e is small, too."""
+    series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * 0.25)))  # next term: e⁵/5
+    return tl.where(tl.abs(e) < 0.01, series, tl.log2(1.0 + e) * LN2)
+
+
+@triton.jit
+def _log2_scores(s, f, r, bias, i, j, M, crosses, ragged, NORMALIZE: tl.constexpr):
+    """a log₂ e of a tile of products; −∞, where softplus and σ vanish, beyond the last column.
+
+    crosses: whether the tile has entries of the diagonal. ragged: or columns beyond the last.
+    """
+    if NORMALIZE:
+        s *= r[None, :]
+    a = s * f[:, None] + bias
+    if crosses:
+        a = tl.where(i[:, None] == j[None, :], -a, a)
+    if ragged:
+        a = tl.where((j < M)[None, :], a, float("-inf"))
+    return a
+
+
+@triton.jit(do_not_specialize=["N", "M", "chunks", "chunk"])
+def loss_kernel(
+    X,  # (N, D)
+    Y,  # (M, D), M = N
+    SCALE, BIAS,  # ()
+    X_FACTOR, Y_FACTOR,  # (N padded,), if NORMALIZE
+    PART,  # (chunks, N) out: Σ_j softplus(a_ij) over a chunk of columns
+    N, M, D, chunks, chunk,
+    NORMALIZE: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of rows against `chunk` tiles of columns."""
+    block, c = in_groups(tl.program_id(0), tl.cdiv(N, BLOCK_N), chunks, 8)
+    start = block * BLOCK_N
+    i = start + tl.arange(0, BLOCK_N)
+    bias = tl.load(BIAS) * LOG2E
+    f = tl.zeros([BLOCK_N], tl.float32) + tl.load(SCALE) * LOG2E
+    if NORMALIZE:
+        f *= tl.load(X_FACTOR + i)
+    d = tl.arange(0, BLOCK_D)
+    if WHOLE_D:
+        x = load_tile(X, start, N, D, d, BLOCK_N, EVEN_D)
+    loss = tl.zeros([BLOCK_N], tl.float32)
+    first = c * chunk
+    for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(M, BLOCK_M))):
+        y_start = tile * BLOCK_M
+        j = y_start + tl.arange(0, BLOCK_M)
+        if WHOLE_D:
+            y = load_tile(Y, y_start, M, D, d, BLOCK_M, EVEN_D)
+            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        else:
+            s = products(
+                X, Y, start, y_start, N, M, D, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION
+            )
+        r = f
+        if NORMALIZE:
+            r = tl.load(Y_FACTOR + j)
+        crosses = (y_start < start + BLOCK_N) & (start < y_start + BLOCK_M)
+        ragged = y_start + BLOCK_M > M
+        a = _log2_scores(s, f, r, bias, i, j, M, crosses, ragged, NORMALIZE)
+        loss += tl.sum(tl.maximum(a, 0.0) * LN2 + log1p_of(tl.exp2(-tl.abs(a))), axis=1)
+    tl.store(PART + wide(c) * N + i, loss, mask=i < N)
+
+
+@triton.jit(do_not_specialize=["NX", "NY", "splits", "chunk", "side"])
+def gradient_kernel(
+    X, Y, SCALE, BIAS, X_FACTOR, Y_FACTOR,
+    GRAD,  # (N,): of x's rows, if OWN; else of y's
+    BOUNDS,  # (4,) from _weighted_sums.bounds_kernel, if USE_BOUNDS
+    PART,  # (splits, NX, D) out: u_i = Σ_j W_ij ŷ_j over a part of y
+    SUM_PART,  # (splits, NX) out: Σ_j W_ij, if OWN
+    NX, NY, D, splits, chunk, side,
+    OWN: tl.constexpr, NORMALIZE: tl.constexpr, USE_BOUNDS: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """u for one block of x, one part of y, and BLOCK_V of the D features.
+
+    OWN: x are the images, whose g_i multiplies the finished sum. Otherwise the texts, and the g_j
+    of the images that stream by multiply each weight.
+    """
+    pid = tl.program_id(0)
+    features = tl.cdiv(D, BLOCK_V)
+    v_start = pid % features * BLOCK_V
+    block, split = in_groups(pid // features, tl.cdiv(NX, BLOCK_X), splits, 8)
+    start = block * BLOCK_X
+    i = start + tl.arange(0, BLOCK_X)
+    bias = tl.load(BIAS) * LOG2E
+    f = tl.zeros([BLOCK_X], tl.float32) + tl.load(SCALE) * LOG2E
+    if NORMALIZE:
+        f *= tl.load(X_FACTOR + i)
+    up = 1.0  # a power of two that makes the most of float16
+    if USE_BOUNDS:
+        up = tl.exp2(tl.load(BOUNDS + 2 + side))
+    d = tl.arange(0, BLOCK_D)
+    v = v_start + tl.arange(0, BLOCK_V)
+    if WHOLE_D:
+        x = load_tile(X, start, NX, D, d, BLOCK_X, EVEN_D)
+    u = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
+    sums = tl.zeros([BLOCK_X], tl.float32)
+    first = split * chunk
+    for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(NY, BLOCK_Y))):
+        y_start = tile * BLOCK_Y
+        j = y_start + tl.arange(0, BLOCK_Y)
+        if WHOLE_D:
+            y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, EVEN_D)
+            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
+            if BLOCK_V != BLOCK_D:
+                y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, EVEN_D)
+        else:
+            s = products(
+                X, Y, start, y_start, NX, NY, D, BLOCK_X, BLOCK_Y, BLOCK_D, EVEN_D, PRECISION
+            )
+            y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, EVEN_D)
+        r = f
+        if NORMALIZE:
+            r = tl.load(Y_FACTOR + j)
+        crosses = (y_start < start + BLOCK_X) & (start < y_start + BLOCK_Y)
+        ragged = y_start + BLOCK_Y > NY
+        a = _log2_scores(s, f, r, bias, i, j, NY, crosses, ragged, NORMALIZE)
+        w = 1.0 / (1.0 + tl.exp2(-a))  # σ(a) = |c|
+        if crosses:
+            w = tl.where(i[:, None] == j[None, :], -w, w)
+        if OWN:
+            sums += tl.sum(w, axis=1)
+        else:
+            w *= tl.load(GRAD + j, mask=j < NY, other=0.0)[None, :]
+        if NORMALIZE:
+            w *= (r * up)[None, :]
+        else:
+            w *= up
+        u = tl.dot(w.to(y.dtype), y, u, input_precision=PRECISION)
+    u *= 1.0 / up
+    if OWN:
+        g = tl.load(GRAD + i, mask=i < NX, other=0.0)
+        u *= g[:, None]
+        tl.store(SUM_PART + wide(split) * NX + i, g * sums, mask=(i < NX) & (v_start == 0))
+    at = PART + (wide(split) * NX + start) * D + tl.arange(0, BLOCK_X)[:, None] * D + v[None, :]
+    tl.store(at, u, mask=(i < NX)[:, None] & (v < D)[None, :])
+
+
+def _factors(x: torch.Tensor, y: torch.Tensor, normalize: bool):  # type: ignore[no-untyped-def]
+    return (row_factors(x), row_factors(y)) if normalize else (None, None)
+
+
+def sum_options(kernel: str, x: torch.Tensor) -> dict[str, int]:
+    """The launch options of a kernel that sums weighted rows, for operands like x (N, D)."""
+    d = x.shape[1]
+    row = configs.pick(kernel, x, d)
+    row["BLOCK_D"] = configs.block_of(d, row["BLOCK_D"])
+    row["BLOCK_V"] = configs.block_of(d, row["BLOCK_V"])
+    return dict(
+        row,
+        WHOLE_D=d <= row["BLOCK_D"],
+        EVEN_D=d % row["BLOCK_D"] == 0 and d % row["BLOCK_V"] == 0,
+        PRECISION=configs.input_precision(x),
+    )
+
+
+def combine(
+    x: torch.Tensor, part: torch.Tensor, scale: torch.Tensor, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """part (splits, N, D) of u -> dx (N, D) in x's dtype, and <x̂_i, u_i> (N,)."""
+    (n, d), splits = x.shape, part.shape[0]
+    dx = torch.empty_like(x)
+    dot = torch.empty(n, dtype=torch.float32, device=x.device)
+    block_d = max(16, min(triton.next_power_of_2(d), 128))
+    block = max(2048 // block_d, 16)
+    combine_gradient_kernel[(triton.cdiv(n, block),)](
+        x, part, scale, dx, dot, n, d, splits,
+        NORMALIZE=normalize, BLOCK=block, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    return dx, dot
+
+
+def forward(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    normalize: bool,
+) -> torch.Tensor:
+    """image (N, D), text (N, D), scale (), bias () -> loss (N,) float32."""
+    configs.assert_supported(image, text)
+    assert image.shape == text.shape and image.dtype == text.dtype
+    n, d = image.shape
+    if n == 0:
+        return torch.empty(0, dtype=torch.float32, device=image.device)
+    options = options_of("pair_sigmoid_loss", image, ids=False)
+    blocks = triton.cdiv(n, options["BLOCK_N"])
+    chunks, chunk = chunk_of(image, blocks, triton.cdiv(n, options["BLOCK_M"]))
+    part = torch.empty(chunks, n, dtype=torch.float32, device=image.device)
+    with torch.cuda.device_of(image):
+        loss_kernel[(blocks * chunks,)](
+            image, text, scale, bias, *_factors(image, text, normalize), part,
+            n, n, d, chunks, chunk, NORMALIZE=normalize, **options,
+        )  # fmt: skip
+    return part.sum(0)
+
+
+def backward(
+    grad: torch.Tensor,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    normalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad (N,) -> grad_image (N, D), grad_text (N, D), grad_scale (), grad_bias ()."""
+    configs.assert_supported(image, text)
+    assert image.shape == text.shape and image.dtype == text.dtype
+    n, d = image.shape
+    if n == 0:
+        zero = torch.zeros((), dtype=torch.float32, device=image.device)
+        return torch.empty_like(image), torch.empty_like(text), zero, zero.clone()
+    options = sum_options("pair_sigmoid_gradient", image)
+    features = triton.cdiv(d, options["BLOCK_V"])
+    blocks = triton.cdiv(n, options["BLOCK_X"])
+    splits, chunk = splits_of(image, blocks * features, triton.cdiv(n, options["BLOCK_Y"]))
+    sum_part = torch.empty(splits, n, dtype=torch.float32, device=image.device)
+    with torch.cuda.device_of(image):
+        factors = _factors(image, text, normalize)
+        # Of the bounds only the shifts are read, for weights up to 1 and up to max g; they do not
+        # depend on a log-sum-exp, in whose place anything may stand.
+        bounds = weights_bounds((grad, grad), None, image, text, *factors)
+        grads, dots = [], []
+        for side, (x, y) in enumerate(((image, text), (text, image))):
+            part = torch.empty(splits, n, d, dtype=torch.float32, device=image.device)
+            gradient_kernel[(blocks * splits * features,)](
+                x, y, scale, bias, *(factors if side == 0 else factors[::-1]),
+                grad, bounds, part, sum_part, n, n, d, splits, chunk, side,
+                OWN=side == 0, NORMALIZE=normalize, USE_BOUNDS=bounds is not None, **options,
+            )  # fmt: skip
+            dx, dot = combine(x, part, scale, normalize)
+            grads.append(dx)
+            dots.append(dot)
+    return *grads, dots[0].sum(), sum_part.sum()

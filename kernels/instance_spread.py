@@ -1,0 +1,435 @@
+"""InvaSpread's instance loss, of a matrix of scores that is never stored.
+
+Rows r are 2N views, row r's partner is (r + N) mod 2N, m weighs the negatives (c ≠ r, partner).
+
+    s_rc   = t · ẑ_r·ẑ_c + [c negative] log m            c ≠ r
+    p_rc   = exp(s_rc) / D_r,   D_r = Σ_{c≠r} exp s_rc
+    loss_r = −log p_r,partner − m Σ_negatives log(1 − p_rc / m)
+    R_rc   = p_rc / (m − p_rc),   B_r = Σ_negatives R_rc
+    G_rc   = ∂loss_r/∂s_rc = p_rc (1 − m B_r) + m R_rc [negative] − [partner]
+    dẑ_r   = t Σ_c (g_r G_rc + g_c G_cr) ẑ_c             the second term unless columns are detached
+
+1 − p is never formed by a subtraction that cancels: only the largest entry of a row can exceed ½,
+and its 1 − p is o_r, the others' share of D_r. To have it, the first pass keeps the largest score
+apart from the sum of the others: (M, rest) with D = exp(M) (1 + rest), o = rest / (1 + rest). An
+entry counts as large (its R goes to b_large and its 1 − p is o) where o < 0.49 and p > ½: in
+between, rounding could name none or two, and there 1 − p does not cancel yet.
+For m < 1 an entry may exceed m; the loss is then not defined, and NaN.
+
+D, then the loss and B from it: two passes over the tiles (2G), one backward (2G). A program owns a
+block of rows and the parts are added in a fixed order: no atomics, the same bits every time. Extra
+memory O(N D).
+Plain version: fastcl/reference/instance_spread.py. CPU twin: csrc/instance_spread.cpp.
+Source: Ye et al. 2019, arXiv:1904.03436, as its authors' code computes it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastcl.kernels import configs
+from fastcl.kernels._tiles import (
+    LN2,
+    LOG2E,
+    finite,
+    in_groups,
+    load_tile,
+    products,
+    row_factors,
+    wide,
+)
+from fastcl.kernels._weighted_sums import splits_of, weights_bounds
+from fastcl.kernels.pair_sigmoid import combine, log1p_of, sum_options
+from fastcl.kernels.similarity_lse import chunk_of, options_of
+
+# A row's largest entry is large where the others' share is below this.
+LARGE_SHARE = tl.constexpr(0.49)
+# W / g is up to 2^5 in float16: |G| ≤ 3 where m = 1, and grows with m; two directions are added.
+HEADROOM = tl.constexpr(5.0)
+
+
+@triton.jit
+def _is_special(x_start, y_start, half, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
+    """Whether a tile may have a row meet itself or its partner, at distance 0 or ±half."""
+    low = y_start - x_start - BLOCK_X
+    high = y_start - x_start + BLOCK_Y
+    return (
+        ((low < 0) & (high > 0)) | ((low < half) & (half < high)) | ((low < -half) & (-half < high))
+    )
+
+
+@triton.jit
+def _is_partner(i, j, rows):
+    distance = j[None, :] - i[:, None]
+    half = rows // 2
+    return ((distance == half) | (distance == -half)) & (j < rows)[None, :]
+
+
+@triton.jit
+def _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE: tl.constexpr):
+    """s_rc log₂ e of a tile of products; −∞ on the diagonal and beyond the last column."""
+    if NORMALIZE:
+        s *= r[None, :]
+    s = s * f[:, None]
+    if special:
+        s += tl.where(_is_partner(i, j, rows), 0.0, log2_m)
+        s = tl.where(i[:, None] == j[None, :], float("-inf"), s)
+    else:
+        s += log2_m
+    if ragged:
+        s = tl.where((j < rows)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "chunk"])
+def shares_kernel(
+    Z, SCALE, FACTOR,
+    PART,  # (2, chunks, 2N) out: M, log₂, and rest over a chunk of columns
+    OWN,  # (2N,) out: the partner's score, log₂
+    log2_m, rows, D, chunks, chunk,
+    NORMALIZE: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """First pass. One block of rows against `chunk` tiles of columns."""
+    block, c = in_groups(tl.program_id(0), tl.cdiv(rows, BLOCK_N), chunks, 8)
+    start = block * BLOCK_N
+    i = start + tl.arange(0, BLOCK_N)
+    half = rows // 2
+    f = tl.zeros([BLOCK_N], tl.float32) + tl.load(SCALE) * LOG2E
+    if NORMALIZE:
+        f *= tl.load(FACTOR + i)
+    d = tl.arange(0, BLOCK_D)
+    if WHOLE_D:
+        z = load_tile(Z, start, rows, D, d, BLOCK_N, EVEN_D)
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    rest = tl.zeros([BLOCK_N], tl.float32)
+    first = c * chunk
+    for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(rows, BLOCK_M))):
+        y_start = tile * BLOCK_M
+        j = y_start + tl.arange(0, BLOCK_M)
+        if WHOLE_D:
+            y = load_tile(Z, y_start, rows, D, d, BLOCK_M, EVEN_D)
+            s = tl.dot(z, tl.trans(y), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        else:
+            s = products(
+                Z, Z, start, y_start, rows, rows, D,
+                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
+            )  # fmt: skip
+        r = f
+        if NORMALIZE:
+            r = tl.load(FACTOR + j)
+        special = _is_special(start, y_start, half, BLOCK_N, BLOCK_M)
+        ragged = y_start + BLOCK_M > rows
+        s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
+        if special:
+            own = tl.sum(tl.where(_is_partner(i, j, rows), s, 0.0), axis=1)
+            partner = (i + half) % rows
+            met = (i < rows) & (y_start <= partner) & (partner < y_start + BLOCK_M)
+            tl.store(OWN + i, own, mask=met)
+        top = tl.max(s, axis=1)
+        # The others of the tile: all that lie below its largest, and what equals it but one.
+        below = s < top[:, None]
+        others = tl.sum(tl.where(below, tl.exp2(s - finite(top)[:, None]), 0.0), axis=1)
+        others += tl.sum(tl.where(below, 0.0, 1.0), axis=1) - 1.0
+        m, rest = _with_tile(m, rest, top, others)
+    at = PART + wide(c) * rows + i
+    tl.store(at, m, mask=i < rows)
+    tl.store(at + wide(chunks) * rows, rest, mask=i < rows)
+
+
+@triton.jit
+def _with_tile(m, rest, top, others):
+    """(M, rest) of two sets of scores together: the smaller of the maxima joins the rest."""
+    new = tl.maximum(m, top)
+    reference = finite(new)
+    a, b = tl.exp2(m - reference), tl.exp2(top - reference)
+    # A set with no score has M = −∞ and adds nothing; others may be anything there.
+    rest = tl.where(m > float("-inf"), rest * a, 0.0) + tl.where(
+        top > float("-inf"), others * b, 0.0
+    )
+    return new, rest + tl.minimum(a, b)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks"])
+def finish_shares_kernel(
+    PART, OWN,
+    LOG_D, O, OWN_LOSS,  # (2N,) out; −log p_r,partner
+    rows, chunks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    rest = tl.zeros([BLOCK], tl.float32)
+    for c in tl.range(0, chunks):
+        at = PART + wide(c) * rows + i
+        top = tl.load(at, mask=i < rows, other=0.0)
+        others = tl.load(at + wide(chunks) * rows, mask=i < rows, other=0.0)
+        m, rest = _with_tile(m, rest, top, others)
+    # log(1 + rest); rest is small where one entry has all, large otherwise.
+    log_rest = tl.where(rest < 1.0, log1p_of(tl.minimum(rest, 1.0)), tl.log2(1.0 + rest) * LN2)
+    own = tl.load(OWN + i, mask=i < rows, other=0.0)
+    tl.store(LOG_D + i, m * LN2 + log_rest, mask=i < rows)
+    tl.store(O + i, rest / (1.0 + rest), mask=i < rows)
+    tl.store(OWN_LOSS + i, log_rest + (m - own) * LN2, mask=i < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "chunk"])
+def loss_kernel(
+    Z, SCALE, FACTOR, LOG_D, O,
+    PART,  # (3, chunks, 2N) out: Σ log(1 − p/m), Σ R, and the large R, over a chunk of columns
+    log2_m, weight, rows, D, chunks, chunk,
+    NORMALIZE: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Second pass. One block of rows against `chunk` tiles of columns; weight is m."""
+    block, c = in_groups(tl.program_id(0), tl.cdiv(rows, BLOCK_N), chunks, 8)
+    start = block * BLOCK_N
+    i = start + tl.arange(0, BLOCK_N)
+    half = rows // 2
+    f = tl.zeros([BLOCK_N], tl.float32) + tl.load(SCALE) * LOG2E
+    if NORMALIZE:
+        f *= tl.load(FACTOR + i)
+    log2_d = tl.load(LOG_D + i, mask=i < rows, other=0.0) * LOG2E
+    o = tl.load(O + i, mask=i < rows, other=1.0)
+    has_large = o < LARGE_SHARE
+    large_rest = tl.log2((o + (weight - 1.0)) / weight) * LN2
+    d = tl.arange(0, BLOCK_D)
+    if WHOLE_D:
+        z = load_tile(Z, start, rows, D, d, BLOCK_N, EVEN_D)
+    log_rest = tl.zeros([BLOCK_N], tl.float32)
+    small = tl.zeros([BLOCK_N], tl.float32)
+    large = tl.zeros([BLOCK_N], tl.float32)
+    first = c * chunk
+    for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(rows, BLOCK_M))):
+        y_start = tile * BLOCK_M
+        j = y_start + tl.arange(0, BLOCK_M)
+        if WHOLE_D:
+            y = load_tile(Z, y_start, rows, D, d, BLOCK_M, EVEN_D)
+            s = tl.dot(z, tl.trans(y), input_precision=PRECISION)
+        else:
+            s = products(
+                Z, Z, start, y_start, rows, rows, D,
+                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
+            )  # fmt: skip
+        r = f
+        if NORMALIZE:
+            r = tl.load(FACTOR + j)
+        special = _is_special(start, y_start, half, BLOCK_N, BLOCK_M)
+        ragged = y_start + BLOCK_M > rows
+        s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
+        if special:  # the partner adds nothing here
+            s = tl.where(_is_partner(i, j, rows), float("-inf"), s)
+        p = tl.exp2(s - log2_d[:, None])
+        is_large = has_large[:, None] & (p > 0.5)
+        large += tl.sum(tl.where(is_large, 1.0, 0.0), axis=1)
+        p = tl.where(is_large, 0.0, p)
+        log_rest += tl.sum(log1p_of(-p / weight), axis=1)
+        small += tl.sum(p / (weight - p), axis=1)
+    log_rest += tl.where(large > 0.0, large_rest, 0.0)
+    large = tl.where(large > 0.0, (1.0 - o) / (o + (weight - 1.0)), 0.0)
+    at = PART + wide(c) * rows + i
+    tl.store(at, log_rest, mask=i < rows)
+    tl.store(at + wide(chunks) * rows, small, mask=i < rows)
+    tl.store(at + 2 * wide(chunks) * rows, large, mask=i < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks"])
+def finish_loss_kernel(
+    PART, OWN_LOSS, LOSS, B_SMALL, B_LARGE, weight, rows, chunks, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    log_rest = tl.zeros([BLOCK], tl.float32)
+    small = tl.zeros([BLOCK], tl.float32)
+    large = tl.zeros([BLOCK], tl.float32)
+    for c in tl.range(0, chunks):
+        at = PART + wide(c) * rows + i
+        log_rest += tl.load(at, mask=i < rows, other=0.0)
+        small += tl.load(at + wide(chunks) * rows, mask=i < rows, other=0.0)
+        large += tl.load(at + 2 * wide(chunks) * rows, mask=i < rows, other=0.0)
+    own = tl.load(OWN_LOSS + i, mask=i < rows, other=0.0)
+    tl.store(LOSS + i, own - weight * log_rest, mask=i < rows)
+    tl.store(B_SMALL + i, small, mask=i < rows)
+    tl.store(B_LARGE + i, large, mask=i < rows)
+
+
+@triton.jit
+def _weights(s, partner, log2_d, o, small, large, weight, special):
+    """G of a tile; the vectors come with the shape of the rows they belong to, (·, 1) or (1, ·).
+
+    With q = 1 − p, free of cancellation, and B' = B without the entry's own R:
+    p (1 − m B') + m R q on a negative, −q − m p B on the partner.
+    """
+    p = tl.exp2(s - log2_d)
+    is_large = (p > 0.5) & (o < LARGE_SHARE)
+    q = tl.where(is_large, o, 1.0 - p)
+    ratio = p / (weight - 1.0 + q)
+    others = tl.where(is_large, small, small + large - ratio)
+    g = p * (1.0 - weight * others) + weight * ratio * q
+    if special:
+        g = tl.where(partner, -q - weight * p * (small + large), g)
+    return g
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "chunk"])
+def gradient_kernel(
+    Z, SCALE, FACTOR, GRAD, LOG_D, O, B_SMALL, B_LARGE,
+    BOUNDS,  # (4,) from _weighted_sums.bounds_kernel, if USE_BOUNDS
+    PART,  # (splits, 2N, D) out: u over a part of the columns
+    log2_m, weight, rows, D, splits, chunk,
+    OTHER: tl.constexpr,  # whether columns carry a gradient
+    NORMALIZE: tl.constexpr, USE_BOUNDS: tl.constexpr,
+    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """u_r = Σ_c (g_r G_rc + g_c G_cr) ẑ_c for one block of rows, one part of the columns, and
+    BLOCK_V of the D features."""
+    pid = tl.program_id(0)
+    features = tl.cdiv(D, BLOCK_V)
+    v_start = pid % features * BLOCK_V
+    block, split = in_groups(pid // features, tl.cdiv(rows, BLOCK_X), splits, 8)
+    start = block * BLOCK_X
+    i = start + tl.arange(0, BLOCK_X)
+    half = rows // 2
+    f = tl.zeros([BLOCK_X], tl.float32) + tl.load(SCALE) * LOG2E
+    if NORMALIZE:
+        f *= tl.load(FACTOR + i)
+    up = 1.0
+    if USE_BOUNDS:
+        up = tl.exp2(tl.load(BOUNDS + 3) - HEADROOM)
+    log2_d = tl.load(LOG_D + i, mask=i < rows, other=0.0) * LOG2E
+    o = tl.load(O + i, mask=i < rows, other=1.0)
+    small = tl.load(B_SMALL + i, mask=i < rows, other=0.0)
+    large = tl.load(B_LARGE + i, mask=i < rows, other=0.0)
+    g = tl.load(GRAD + i, mask=i < rows, other=0.0)
+    d = tl.arange(0, BLOCK_D)
+    v = v_start + tl.arange(0, BLOCK_V)
+    if WHOLE_D:
+        z = load_tile(Z, start, rows, D, d, BLOCK_X, EVEN_D)
+    u = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
+    first = split * chunk
+    for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(rows, BLOCK_Y))):
+        y_start = tile * BLOCK_Y
+        j = y_start + tl.arange(0, BLOCK_Y)
+        if WHOLE_D:
+            y = load_tile(Z, y_start, rows, D, d, BLOCK_Y, EVEN_D)
+            s = tl.dot(z, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
+            if BLOCK_V != BLOCK_D:
+                y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, EVEN_D)
+        else:
+            s = products(
+                Z, Z, start, y_start, rows, rows, D,
+                BLOCK_X, BLOCK_Y, BLOCK_D, EVEN_D, PRECISION,
+            )  # fmt: skip
+            y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, EVEN_D)
+        r = f
+        if NORMALIZE:
+            r = tl.load(FACTOR + j)
+        special = _is_special(start, y_start, half, BLOCK_X, BLOCK_Y)
+        ragged = y_start + BLOCK_Y > rows
+        s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
+        partner = _is_partner(i, j, rows)
+        w = g[:, None] * _weights(
+            s, partner, log2_d[:, None], o[:, None], small[:, None], large[:, None], weight, special
+        )
+        if OTHER:
+            inside = j < rows
+            w += tl.load(GRAD + j, mask=inside, other=0.0)[None, :] * _weights(
+                s,
+                partner,
+                (tl.load(LOG_D + j, mask=inside, other=0.0) * LOG2E)[None, :],
+                tl.load(O + j, mask=inside, other=1.0)[None, :],
+                tl.load(B_SMALL + j, mask=inside, other=0.0)[None, :],
+                tl.load(B_LARGE + j, mask=inside, other=0.0)[None, :],
+                weight,
+                special,
+            )
+        if NORMALIZE:
+            w *= (r * up)[None, :]
+        else:
+            w *= up
+        u = tl.dot(w.to(y.dtype), y, u, input_precision=PRECISION)
+    u *= 1.0 / up
+    at = PART + (wide(split) * rows + start) * D + tl.arange(0, BLOCK_X)[:, None] * D + v[None, :]
+    tl.store(at, u, mask=(i < rows)[:, None] & (v < D)[None, :])
+
+
+def forward(
+    z: torch.Tensor, scale: torch.Tensor, *, negative_weight: float, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z (2N, D), scale () -> loss, log D, o, and B in two parts, each (2N,) float32."""
+    configs.assert_supported(z)
+    rows, d = z.shape
+    new = dict(dtype=torch.float32, device=z.device)
+    loss, log_d, o, b_small, b_large, own, own_loss = (torch.empty(rows, **new) for _ in range(7))
+    if rows == 0:
+        return loss, log_d, o, b_small, b_large
+    weight, log2_m = float(negative_weight), math.log2(negative_weight)
+    factor = row_factors(z) if normalize else None
+    finish = (triton.cdiv(rows, 128),)
+    with torch.cuda.device_of(z):
+        options = options_of("instance_spread_shares", z, ids=False)
+        blocks = triton.cdiv(rows, options["BLOCK_N"])
+        chunks, chunk = chunk_of(z, blocks, triton.cdiv(rows, options["BLOCK_M"]))
+        part = torch.empty(2, chunks, rows, **new)
+        shares_kernel[(blocks * chunks,)](
+            z, scale, factor, part, own, log2_m, rows, d, chunks, chunk,
+            NORMALIZE=normalize, **options,
+        )  # fmt: skip
+        finish_shares_kernel[finish](
+            part, own, log_d, o, own_loss, rows, chunks, BLOCK=128, num_warps=4
+        )
+        options = options_of("instance_spread_loss", z, ids=False)
+        blocks = triton.cdiv(rows, options["BLOCK_N"])
+        chunks, chunk = chunk_of(z, blocks, triton.cdiv(rows, options["BLOCK_M"]))
+        part = torch.empty(3, chunks, rows, **new)
+        loss_kernel[(blocks * chunks,)](
+            z, scale, factor, log_d, o, part, log2_m, weight, rows, d, chunks, chunk,
+            NORMALIZE=normalize, **options,
+        )  # fmt: skip
+        finish_loss_kernel[finish](
+            part, own_loss, loss, b_small, b_large, weight, rows, chunks, BLOCK=128, num_warps=4
+        )
+    return loss, log_d, o, b_small, b_large
+
+
+def backward(
+    grad: torch.Tensor,
+    z: torch.Tensor,
+    scale: torch.Tensor,
+    log_d: torch.Tensor,
+    o: torch.Tensor,
+    b_small: torch.Tensor,
+    b_large: torch.Tensor,
+    *,
+    negative_weight: float,
+    normalize: bool,
+    detach_columns: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad (2N,) -> grad_z (2N, D) and grad_scale (); with detach_columns only rows carry one."""
+    configs.assert_supported(z)
+    rows, d = z.shape
+    if rows == 0:
+        return torch.empty_like(z), torch.zeros((), dtype=torch.float32, device=z.device)
+    options = sum_options("instance_spread_gradient", z)
+    features = triton.cdiv(d, options["BLOCK_V"])
+    blocks = triton.cdiv(rows, options["BLOCK_X"])
+    splits, chunk = splits_of(z, blocks * features, triton.cdiv(rows, options["BLOCK_Y"]))
+    part = torch.empty(splits, rows, d, dtype=torch.float32, device=z.device)
+    with torch.cuda.device_of(z):
+        factor = row_factors(z) if normalize else None
+        # Only the shift for weights up to max g is read.
+        bounds = weights_bounds((log_d, grad), None, z, z, factor, factor)
+        gradient_kernel[(blocks * splits * features,)](
+            z, scale, factor, grad, log_d, o, b_small, b_large, bounds, part,
+            math.log2(negative_weight), float(negative_weight), rows, d, splits, chunk,
+            OTHER=not detach_columns, NORMALIZE=normalize, USE_BOUNDS=bounds is not None, **options,
+        )  # fmt: skip
+        grad_z, dot = combine(z, part, scale, normalize)
+    # S is symmetric: with both directions each G has counted twice.
+    return grad_z, dot.sum() if detach_columns else dot.sum() / 2

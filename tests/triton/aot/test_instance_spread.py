@@ -1,0 +1,44 @@
+"""Every row of the instance loss's table, compiled for its GPU and within its budget."""
+
+import budget
+import pytest
+import torch
+
+from fastcl.kernels import instance_spread
+
+PROVED = (80, 90, 100)
+MAIN = ("shares_kernel", "loss_kernel", "gradient_kernel")
+
+
+def launches(arch, d, dtype, n=8192, detach=(False,)):
+    z, t, v = torch.zeros(n, d, dtype=dtype), torch.tensor(1.0), torch.zeros(n)
+    options = dict(negative_weight=1.0, normalize=True)
+    with budget.compiling_for(arch) as kernels:
+        instance_spread.forward(z, t, **options)
+        for detach_columns in detach:
+            instance_spread.backward(v, z, t, v, v, v, v, detach_columns=detach_columns, **options)
+    return kernels
+
+
+@pytest.mark.parametrize(
+    "d, dtype",
+    [(128, torch.bfloat16), (256, torch.bfloat16), (1024, torch.bfloat16), (768, torch.float32)],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+@pytest.mark.parametrize("arch", PROVED)
+def test_rows_are_within_budget(arch, d, dtype):
+    reports = [budget.examine(kernel) for kernel in launches(arch, d, dtype)]
+    assert {report.name for report in reports} >= set(MAIN)
+    for report in reports:
+        main = report.name in MAIN
+        budget.assert_within_budget(report, tensor_cores=main and dtype == torch.bfloat16)
+
+
+def test_sizes_do_not_recompile():
+    kernels = [
+        kernel
+        for n in (8192, 2, 16, 1002)
+        for kernel in launches(90, 128, torch.bfloat16, n)
+        if kernel.name == "loss_kernel"
+    ]
+    assert len({id(kernel.kernel) for kernel in kernels}) == 1

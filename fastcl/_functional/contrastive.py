@@ -173,18 +173,18 @@ def nt_xent(
     check.pairs("nt_xent", z0=z0, z1=z1)
     check.one_of("nt_xent", "reduction", reduction, check.REDUCTIONS)
     others, own = _views("nt_xent", z0, z1, temperature, normalize)
-    return reduce(against(others, own), reduction)
+    return reduce(against(others, own).view(-1), reduction)
 
 
 def _views(
     function: str, z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """For each of the 2N views: the lse over the other images' views, the similarity to its own."""
+    """Of both views of each image the lse over other images (2, N), and their similarity (N,)."""
     z0, z1 = promoted(z0, z1)
     t = inverse(function, temperature, z0)
     image = torch.arange(z0.shape[0], device=z0.device).repeat(2)
     others = ops.self_similarity_lse(torch.cat((z0, z1)), t, image, normalize)  # (2N,)
-    return others, (t * paired_dot(z0, z1, normalize)).repeat(2)
+    return others.view(2, -1), t * paired_dot(z0, z1, normalize)
 
 
 def dcl(
@@ -208,7 +208,7 @@ def dcl(
     if z0.shape[0] < 2:
         raise ValueError("dcl: needs at least 2 images, or no negatives are left; got 1.")
     others, own = _views("dcl", z0, z1, temperature, normalize)
-    return reduce(others - own, reduction)
+    return reduce((others - own).view(-1), reduction)
 
 
 def clip(

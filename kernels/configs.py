@@ -112,10 +112,13 @@ for _arch in (80, 86, 90, 100):
         TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 32, 32, 8, 2))
     _x = 128 if _arch == 100 else 64
     _warps = 4 if _arch == 90 else 8
+    _v = 64 if _arch == 100 else 128
     TABLE |= _rows(
         *("instance_spread_gradient", _arch, 2, SUM, (128, _x, 32, 128, 128, _warps, 2)),
-        *((256, 64, 32, 64, 128, 8, 2), (LARGE, 64, 32, 64, 128, 8, 2)),
+        *((256, 64, 32, 64, _v, 8, 2), (LARGE, 64, 32, 64, _v, 8, 2)),
     )
+    for _kernel in ("pair_sigmoid_gradient", "instance_spread_gradient"):
+        TABLE |= _rows(_kernel, _arch, 4, SUM, (LARGE, 32, 32, 32, _v, 4, 2))
 for _arch in (80, 86):
     TABLE |= _rows(
         *("pair_sigmoid_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),

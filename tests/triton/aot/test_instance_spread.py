@@ -3,14 +3,14 @@
 import budget
 import pytest
 import torch
+from streaming_budget import ALL
 
 from fastcl.kernels import instance_spread
 
-PROVED = (80, 90, 100)
 MAIN = ("shares_kernel", "loss_kernel", "gradient_kernel")
 
 
-def launches(arch, d, dtype, n=8192, detach=(False,)):
+def launches(arch, d, dtype, n=8192, detach=(False, True)):
     z, t, v = torch.zeros(n, d, dtype=dtype), torch.tensor(1.0), torch.zeros(n)
     options = dict(negative_weight=1.0, normalize=True)
     with budget.compiling_for(arch) as kernels:
@@ -20,12 +20,14 @@ def launches(arch, d, dtype, n=8192, detach=(False,)):
     return kernels
 
 
-@pytest.mark.parametrize(
-    "d, dtype",
-    [(128, torch.bfloat16), (256, torch.bfloat16), (1024, torch.bfloat16), (768, torch.float32)],
-    ids=lambda x: str(x).removeprefix("torch."),
-)
-@pytest.mark.parametrize("arch", PROVED)
+# One bucket of the table for each GPU, to save time; FASTCL_AOT_ALL=1 compiles every one.
+ROWS = [(80, 256, torch.bfloat16), (90, 128, torch.bfloat16), (100, 768, torch.float32)]
+if ALL:
+    sizes = [(128, torch.bfloat16), (256, torch.bfloat16), (1024, torch.bfloat16)]
+    ROWS = [(arch, *size) for arch in (80, 90, 100) for size in [*sizes, (768, torch.float32)]]
+
+
+@pytest.mark.parametrize("arch, d, dtype", ROWS, ids=lambda x: str(x).removeprefix("torch."))
 def test_rows_are_within_budget(arch, d, dtype):
     reports = [budget.examine(kernel) for kernel in launches(arch, d, dtype)]
     assert {report.name for report in reports} >= set(MAIN)
@@ -37,7 +39,7 @@ def test_rows_are_within_budget(arch, d, dtype):
 def test_sizes_do_not_recompile():
     kernels = [
         kernel
-        for n in (8192, 2, 16, 1002)
+        for n in (8192, 2, 1002)
         for kernel in launches(90, 128, torch.bfloat16, n)
         if kernel.name == "loss_kernel"
     ]

@@ -72,7 +72,7 @@ class SwAV(Method):
             image_size=24,
             crop_scale=(0.3, 1.0),
             blur=False,
-            epochs=20,
+            epochs=18,
             batch_size=128,
             optimizer="adamw",
             lr=0.0015,
@@ -80,14 +80,12 @@ class SwAV(Method):
             warmup_epochs=0.5,
             start_lr=0.0,
             final_lr=1e-5,
-            small_crops=2,
-            small_size=14,
-            small_scale=(0.1, 0.3),
+            small_crops=0,  # half of 24 pixels shows too little of these images
             hidden=256,
             dim=64,
-            prototypes=100,  # for ten classes
-            queue_size=640,
-            queue_start_epoch=2,
+            centred_head=True,
+            prototypes=100,  # for ten classes; the batch balances them without a queue
+            temperature=0.2,
             freeze_epochs=0.25,
         ),
     }

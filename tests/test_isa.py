@@ -129,7 +129,7 @@ def repeated(x: object) -> object:
     if not isinstance(x, torch.Tensor) or x.ndim == 0 or x.dtype == torch.int64:
         return x
     generator = torch.Generator().manual_seed(x.numel())
-    big = x.detach().repeat(1, *[9] * (x.ndim - 1))
+    big = x.detach().repeat(*[1] * (x.ndim > 1), *[9] * max(x.ndim - 1, 1))
     noise = 1 + 0.1 * torch.rand(big.shape, generator=generator)
     return (big * noise).to(x.dtype).requires_grad_(x.requires_grad)
 

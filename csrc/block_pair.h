@@ -77,7 +77,7 @@ struct Pass {
   Layout query, key;
   const int64_t* query_ids;  // (N,) and (M,): pairs with equal ids are left out; or null
   const int64_t* key_ids;
-  float scale;  // s = scale · q̂·k̂: t, or t · log2 e for those who work in base 2
+  float scale;  // t
   bool self;    // key is query; j ≤ i is left out of a block paired with itself
 
   bool bounded(const Block& q, const Block& k) const {

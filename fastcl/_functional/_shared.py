@@ -30,25 +30,33 @@ def inverse(function: str, temperature: float | Tensor, like: Tensor) -> Tensor:
 def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their common dtype, as torch promotes."""
     dtype = tensors[0].dtype
+    if all(x.dtype == dtype for x in tensors):
+        return tensors
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     return tuple(x.to(dtype) for x in tensors)
 
 
-def paired_dot(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
-    """<x_i, y_i> (N,) of normalised rows, or of the rows as they are."""
-    if normalize:
-        return -ops.cosine(x, y, NORM_FLOOR)
-    return (in_float(x) * in_float(y)).sum(1)
-
-
-def against(others: Tensor, own: Tensor) -> Tensor:
-    """log(1 + exp(others − own)): the cross entropy of the positive against the others' lse.
+def against(
+    others: Tensor, query: Tensor, positive: Tensor, scale: Tensor, normalize: bool
+) -> Tensor:
+    """log(1 + exp(others_i − t <q_i, p_i>)): the positive's cross entropy against the others' lse.
 
     The positive is left out of the others' sum, so that neither a small loss nor its gradient is
-    the difference of two large numbers.
+    the difference of two large numbers. others (..., N), query and positive (N, D).
     """
-    return nn.functional.softplus(others - own, threshold=40)  # torch's 20 shows in float64
+    logit = minus_positive(others, query, positive, scale, normalize)
+    return nn.functional.softplus(logit, threshold=40)  # torch's 20 shows in float64
+
+
+def minus_positive(
+    others: Tensor, query: Tensor, positive: Tensor, scale: Tensor, normalize: bool
+) -> Tensor:
+    """others_i − t <q_i, p_i>, of normalised rows or of the rows as they are."""
+    if normalize:
+        return torch.addcmul(others, scale, ops.cosine(query, positive, NORM_FLOOR))
+    dot = (in_float(query) * in_float(positive)).sum(1)  # (N,)
+    return torch.addcmul(others, scale, dot, value=-1)
 
 
 def needs_grad(x: Tensor) -> bool:

@@ -11,8 +11,8 @@ from fastcl._functional._shared import (
     against,
     as_scale,
     inverse,
+    minus_positive,
     needs_grad,
-    paired_dot,
     promoted,
     reduce,
     row_lse,
@@ -121,8 +121,7 @@ def info_nce(
         others = row_lse(query, negatives, t, normalize)
     else:
         others = _own_negatives_lse(query, negatives, t, normalize)
-    own = t * paired_dot(query, positive, normalize)  # (N,)
-    return reduce(against(others, own), reduction)
+    return reduce(against(others, query, positive, t, normalize), reduction)
 
 
 def _check_negatives(query: Tensor, negatives: Tensor) -> None:
@@ -172,19 +171,23 @@ def nt_xent(
     """
     check.pairs("nt_xent", z0=z0, z1=z1)
     check.one_of("nt_xent", "reduction", reduction, check.REDUCTIONS)
-    others, own = _views("nt_xent", z0, z1, temperature, normalize)
-    return reduce(against(others, own).view(-1), reduction)
-
-
-def _views(
-    function: str, z0: Tensor, z1: Tensor, temperature: float | Tensor, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Of both views of each image the lse over other images (2, N), and their similarity (N,)."""
     z0, z1 = promoted(z0, z1)
-    t = inverse(function, temperature, z0)
+    t = inverse("nt_xent", temperature, z0)
+    return _over_views(
+        against(_other_images(z0, z1, t, normalize), z0, z1, t, normalize), reduction
+    )
+
+
+def _other_images(z0: Tensor, z1: Tensor, t: Tensor, normalize: bool) -> Tensor:
+    """For both views of each image, the lse over the views of the others (2, N)."""
     image = torch.arange(z0.shape[0], device=z0.device).repeat(2)
-    others = ops.self_similarity_lse(torch.cat((z0, z1)), t, image, normalize)  # (2N,)
-    return others.view(2, -1), t * paired_dot(z0, z1, normalize)
+    lse: Tensor = ops.self_similarity_lse(torch.cat((z0, z1)), t, image, normalize)  # (2N,)
+    return lse.view(2, -1)
+
+
+def _over_views(loss: Tensor, reduction: str) -> Tensor:
+    """Of a loss (2, N): its mean or sum, or all 2N."""
+    return loss.view(-1) if reduction == "none" else reduce(loss, reduction)
 
 
 def dcl(
@@ -207,8 +210,10 @@ def dcl(
     check.one_of("dcl", "reduction", reduction, check.REDUCTIONS)
     if z0.shape[0] < 2:
         raise ValueError("dcl: needs at least 2 images, or no negatives are left; got 1.")
-    others, own = _views("dcl", z0, z1, temperature, normalize)
-    return reduce((others - own).view(-1), reduction)
+    z0, z1 = promoted(z0, z1)
+    t = inverse("dcl", temperature, z0)
+    others = _other_images(z0, z1, t, normalize)
+    return _over_views(minus_positive(others, z0, z1, t, normalize), reduction)
 
 
 def clip(
@@ -236,8 +241,12 @@ def clip(
     t = as_scale(logit_scale, image)
     pair = torch.arange(image.shape[0], device=image.device)
     rows, columns = ops.similarity_lse(image, text, t, pair, pair, normalize, True, True)
-    own = t * paired_dot(image, text, normalize)  # (N,)
-    return reduce((against(rows, own) + against(columns, own)) / 2, reduction)
+    both = against(torch.stack((rows, columns)), image, text, t, normalize)  # (2, N)
+    return (
+        both.mean(0)
+        if reduction == "none"
+        else reduce(both, reduction) / (1 if reduction == "mean" else 2)
+    )
 
 
 def sup_con(
@@ -269,8 +278,9 @@ def sup_con(
     if normalize:
         z = nn.functional.normalize(z, dim=1, eps=NORM_FLOOR)
     class_sum, size = _sums_by_label(z, labels)  # (N, D), (N,)
-    positives = (class_sum - z) / (size - 1).clamp_min(1)[:, None]  # mean of the others
-    loss = torch.where(size > 1, lse - t * (z * positives).sum(1), 0.0)
+    others = size - 1
+    mean = (z * (class_sum - z)).sum(1) / others.clamp_min(1)  # of its similarities to the others
+    loss = torch.where(others > 0, torch.addcmul(lse, t, mean, value=-1), 0.0)
     if base_temperature is not None:
         check.scalar("sup_con", "base_temperature", base_temperature, positive=True)
         loss = loss / (t * base_temperature)
@@ -279,15 +289,12 @@ def sup_con(
 
 def _sums_by_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """For every row, the sum (N, D) and the number (N,) of the rows with its label."""
-    order = labels.argsort()
-    changes = labels[order].diff() != 0
-    rank = torch.zeros_like(labels).scatter(
-        0, order, torch.cat((changes.new_zeros(1), changes)).long().cumsum(0)
-    )  # (N,): the label's place among the distinct labels, without asking how many there are
-    size = torch.zeros_like(rank).index_add(0, rank, torch.ones_like(rank))[rank]
+    ordered = labels.sort().values
+    first = torch.searchsorted(ordered, labels)  # names the label by a number below N
+    size = torch.searchsorted(ordered, labels, right=True) - first
     if z.device.type == "cpu":  # torch's deterministic scatter-add differs by device
-        return torch.zeros_like(z).index_add(0, rank, z).index_select(0, rank), size
-    return torch.zeros_like(z).index_put((rank,), z, accumulate=True)[rank], size
+        return torch.zeros_like(z).index_add(0, first, z).index_select(0, first), size
+    return torch.zeros_like(z).index_put((first,), z, accumulate=True)[first], size
 
 
 def siglip(

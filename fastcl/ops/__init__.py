@@ -6,9 +6,8 @@ torch.ops.fastcl; tests and benches go through it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastcl.ops._backend import Backend, backend_of
+from fastcl.ops._library import Operation
 from fastcl.ops.bank import bank_update_
 from fastcl.ops.bank_scores import bank_scores
 from fastcl.ops.cosine import cosine
@@ -22,7 +21,7 @@ from fastcl.ops.similarity_lse import similarity_lse, similarity_lse_mean
 from fastcl.ops.sinkhorn import sinkhorn
 from fastcl.ops.soft_cross_entropy import soft_cross_entropy
 
-OPS: dict[str, tuple[Any, ...]] = {
+OPS: dict[str, tuple[Operation, ...]] = {
     "similarity_lse": (similarity_lse, similarity_lse_mean),
     "self_similarity_lse": (self_similarity_lse,),
     "instance_spread": (instance_spread,),
@@ -40,6 +39,7 @@ OPS: dict[str, tuple[Any, ...]] = {
 __all__ = [
     "OPS",
     "Backend",
+    "Operation",
     "backend_of",
     "bank_scores",
     "bank_update_",

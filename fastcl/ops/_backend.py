@@ -37,16 +37,24 @@ def backend_of(tensor: Tensor) -> Backend:
 
     Raises ValueError when FASTCL_BACKEND names no backend, or one that cannot run here.
     """
-    forced = os.environ.get("FASTCL_BACKEND", "auto")
+    return _backend(
+        *(os.environ.get("FASTCL_BACKEND", "auto"), tensor.device.type, tensor.dtype),
+        *(_C.kernels is not None, interpreting()),
+    )
+
+
+@functools.cache
+def _backend(
+    forced: str, device: str, dtype: torch.dtype, compiled: bool, interpreted: bool
+) -> Backend:
     if forced not in CHOICES:
         raise ValueError(f"FASTCL_BACKEND must be one of {', '.join(CHOICES)}; got {forced!r}.")
-    device = tensor.device.type
     if forced == "reference":
         return Backend("reference", "FASTCL_BACKEND=reference")
-    if tensor.dtype not in KERNEL_DTYPES:
-        return Backend("reference", f"the kernels accumulate in float32; got {tensor.dtype}")
+    if dtype not in KERNEL_DTYPES:
+        return Backend("reference", f"the kernels accumulate in float32; got {dtype}")
     if forced == "triton":
-        if device != "cuda" and not interpreting():
+        if device != "cuda" and not interpreted:
             raise ValueError(
                 f"FASTCL_BACKEND=triton needs cuda tensors, or TRITON_INTERPRET=1; got {device}."
             )
@@ -57,7 +65,7 @@ def backend_of(tensor: Tensor) -> Backend:
         return Backend("triton", "the tensor is on a cuda device")
     if device != "cpu":
         return Backend("reference", f"no kernels for device {device}")
-    if _C.kernels is not None:
+    if compiled:
         return Backend("cpp", f"the tensor is on the CPU; instruction set {_C.ISA}")
     if forced == "cpp":
         raise ValueError(f"FASTCL_BACKEND=cpp: {_C.MISSING}")

@@ -16,7 +16,6 @@ from fastcl.ops._library import (
     contiguous,
     define,
     differentiate,
-    refuse_second_derivative,
     statistics_dtype,
 )
 
@@ -107,5 +106,4 @@ bank_scores_backward = define(
     run_backward,
     fake_backward,
 )
-differentiate(WORD, backward, setup_context)
-refuse_second_derivative("bank_scores_backward")
+differentiate(bank_scores, backward, setup_context)

@@ -12,7 +12,6 @@ from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
 from fastcl.ops._library import (
     define,
     differentiate,
-    refuse_second_derivative,
     statistics_dtype,
 )
 
@@ -129,5 +128,4 @@ cosine_backward = define(
     run_backward,
     fake_backward,
 )
-differentiate(WORD, backward, setup_context)
-refuse_second_derivative("cosine_backward")
+differentiate(cosine, backward, setup_context)

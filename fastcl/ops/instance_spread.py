@@ -16,7 +16,6 @@ from fastcl.ops._library import (
     contiguous,
     define,
     differentiate,
-    refuse_second_derivative,
     statistics_dtype,
 )
 
@@ -140,5 +139,4 @@ instance_spread_backward = define(
     run_backward,
     fake_backward,
 )
-differentiate(WORD, backward, setup_context)
-refuse_second_derivative("instance_spread_backward")
+differentiate(instance_spread, backward, setup_context)

@@ -18,7 +18,6 @@ from fastcl.ops._library import (
     contiguous,
     define,
     differentiate,
-    refuse_second_derivative,
     statistics_dtype,
 )
 
@@ -129,8 +128,7 @@ pair_sigmoid_backward = define(
     run_backward,
     fake_backward,
 )
-differentiate(WORD, backward, setup_context)
-refuse_second_derivative("pair_sigmoid_backward")
+differentiate(pair_sigmoid, backward, setup_context)
 
 
 # ---- the sum over all pairs ----------------------------------------------------------------------
@@ -170,8 +168,6 @@ def setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def backward_sum(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise NotImplementedError("fastcl::pair_sigmoid_sum has no second derivative.")
     needed = zip(ctx.needs_input_grad, ctx.saved_tensors)
     return *((grad * x).to(x.dtype) if need else None for need, x in needed), None
 
@@ -182,4 +178,4 @@ pair_sigmoid_sum = define(
     run_sum,
     fake_sum,
 )
-differentiate("pair_sigmoid_sum", backward_sum, setup_sum)
+differentiate(pair_sigmoid_sum, backward_sum, setup_sum)

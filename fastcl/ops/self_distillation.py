@@ -16,7 +16,6 @@ from fastcl.ops._library import (
     contiguous,
     define,
     differentiate,
-    refuse_second_derivative,
     statistics_dtype,
 )
 
@@ -151,5 +150,4 @@ self_distillation_backward = define(
     run_backward,
     fake_backward,
 )
-differentiate(WORD, backward, setup_context)
-refuse_second_derivative("self_distillation_backward")
+differentiate(self_distillation, backward, setup_context)

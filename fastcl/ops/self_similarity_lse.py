@@ -19,7 +19,6 @@ from fastcl.ops._library import (
     contiguous,
     define,
     differentiate,
-    refuse_second_derivative,
     statistics_dtype,
 )
 
@@ -106,5 +105,4 @@ self_similarity_lse_backward = define(
     run_backward,
     fake_backward,
 )
-differentiate(WORD, backward, setup_context)
-refuse_second_derivative("self_similarity_lse_backward")
+differentiate(self_similarity_lse, backward, setup_context)

@@ -22,7 +22,6 @@ from fastcl.ops._library import (
     contiguous,
     define,
     differentiate,
-    refuse_second_derivative,
     statistics_dtype,
 )
 from fastcl.reference._common import in_float, normalized, through_normalization
@@ -241,8 +240,7 @@ similarity_lse_backward = define(
     run_backward,
     fake_backward,
 )
-differentiate(WORD, backward, setup_context)
-refuse_second_derivative("similarity_lse_backward")
+differentiate(similarity_lse, backward, setup_context)
 
 
 # ---- keys without a gradient ---------------------------------------------------------------------
@@ -288,8 +286,6 @@ def backward_mean(ctx: Any, grad_rows: Tensor, _: Tensor) -> tuple[Tensor | None
     need_query, need_key, need_scale = ctx.needs_input_grad[:3]
     if need_key:
         raise NotImplementedError("fastcl::similarity_lse_mean has no gradient for the keys.")
-    if torch.is_grad_enabled():
-        raise NotImplementedError("fastcl::similarity_lse_mean has no second derivative.")
     query, scale, mean_key = ctx.saved_tensors
     q = in_float(query)
     grad = grad_rows[:, None] * mean_key
@@ -307,4 +303,4 @@ similarity_lse_mean = define(
     run_mean,
     fake_mean,
 )
-differentiate("similarity_lse_mean", backward_mean, setup_mean)
+differentiate(similarity_lse_mean, backward_mean, setup_mean)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastcl.ops._library import plain
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -67,15 +69,15 @@ def integers(function: str, name: str, ids: Tensor, rows: int, device: torch.dev
 def scalar(function: str, name: str, value: float | Tensor, *, positive: bool) -> None:
     """A finite number or 0-dim tensor, above 0 when `positive`.
 
-    The value of a tensor is looked at only where that costs nothing: on the CPU, outside
-    torch.compile.
+    The value of a tensor is looked at only where it is at hand: on the CPU, outside compilers and
+    traces.
     """
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(
                 f"{function}: {name} must be a float or a 0-dim tensor; got {describe(value)}."
             )
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if value.device.type != "cpu" or not plain(value):
             return
         value = float(value.detach())
     elif not isinstance(value, (int, float)):
@@ -99,8 +101,8 @@ def one_of(function: str, name: str, value: str, choices: tuple[str, ...]) -> No
 
 
 def inside(function: str, index: Tensor, size: int) -> None:
-    """Every index is in [0, size); looked at only on the CPU and outside torch.compile."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
+    """Every index is in [0, size); looked at only on the CPU, outside compilers."""
+    if index.device.type != "cpu" or not plain(index) or index.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(index))
     if low < 0 or high >= size:

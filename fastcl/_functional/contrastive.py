@@ -146,9 +146,12 @@ def _own_negatives_lse(query: Tensor, negatives: Tensor, t: Tensor, normalize: b
     """Log-sum-exp (N,) over each query's own negatives (N, K, D), which outweigh their scores."""
     q, k = in_float(query), in_float(negatives)
     if normalize:
-        q = nn.functional.normalize(q, dim=-1, eps=NORM_FLOOR)
-        k = nn.functional.normalize(k, dim=-1, eps=NORM_FLOOR)
-    return (t * torch.einsum("nd,nkd->nk", q, k)).logsumexp(1)
+        q = nn.functional.normalize(q, dim=1, eps=NORM_FLOOR)
+    with torch.autocast(q.device.type, enabled=False):  # it would round what is float32 here
+        s = torch.einsum("nd,nkd->nk", q, k)
+    if normalize:  # the scores rather than a copy of the negatives
+        s = s / torch.linalg.vector_norm(k, dim=2).clamp_min(NORM_FLOOR)
+    return (t * s).logsumexp(1)
 
 
 def nt_xent(

@@ -164,11 +164,12 @@ def fake_sum(
 
 def setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    # The inputs are saved for a second derivative to find them, and to raise.
+    ctx.save_for_backward(*output[1:], *inputs[:4])
 
 
 def backward_sum(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    needed = zip(ctx.needs_input_grad, ctx.saved_tensors)
+    needed = zip(ctx.needs_input_grad, ctx.saved_tensors[:4])
     return *((grad * x).to(x.dtype) if need else None for need, x in needed), None
 
 

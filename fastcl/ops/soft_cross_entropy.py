@@ -86,7 +86,6 @@ def fake_backward(
 def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     _, lse, mass = output
     ctx.mark_non_differentiable(lse, mass)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, lse, mass)
 
 

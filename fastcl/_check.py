@@ -19,7 +19,6 @@ def describe(x: object) -> str:
 
 def matrices(function: str, **tensors: Tensor) -> None:
     """Each is a floating-point (N, D) tensor with D ≥ 1, all of one D and on one device."""
-    names = " and ".join(tensors)
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor; got {type(x).__name__}.")
@@ -29,10 +28,13 @@ def matrices(function: str, **tensors: Tensor) -> None:
             raise ValueError(f"{function}: {name} must be (N, D) with D ≥ 1; got {describe(x)}.")
     first, *rest = tensors.values()
     if any(x.shape[1] != first.shape[1] for x in rest):
-        shapes = " and ".join(map(describe, tensors.values()))
+        names, shapes = " and ".join(tensors), " and ".join(map(describe, tensors.values()))
         raise ValueError(f"{function}: {names} must have one feature size D; got {shapes}.")
     if any(x.device != first.device for x in rest):
-        devices = " and ".join(str(x.device) for x in tensors.values())
+        names, devices = (
+            " and ".join(tensors),
+            " and ".join(str(x.device) for x in tensors.values()),
+        )
         raise ValueError(f"{function}: {names} must be on one device; got {devices}.")
 
 
@@ -40,9 +42,8 @@ def pairs(function: str, **tensors: Tensor) -> None:
     """`matrices` of one shape, with at least one row."""
     matrices(function, **tensors)
     first, *rest = tensors.values()
-    names = " and ".join(tensors)
     if any(x.shape != first.shape for x in rest):
-        shapes = " and ".join(map(describe, tensors.values()))
+        names, shapes = " and ".join(tensors), " and ".join(map(describe, tensors.values()))
         raise ValueError(f"{function}: {names} must both be (N, D); got {shapes}.")
     not_empty(function, **tensors)
 

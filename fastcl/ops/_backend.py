@@ -37,10 +37,10 @@ def backend_of(tensor: Tensor) -> Backend:
 
     Raises ValueError when FASTCL_BACKEND names no backend, or one that cannot run here.
     """
-    return _backend(
-        *(os.environ.get("FASTCL_BACKEND", "auto"), tensor.device.type, tensor.dtype),
-        *(_C.kernels is not None, interpreting()),
-    )
+    forced = os.environ.get("FASTCL_BACKEND", "auto")
+    interpreted = forced == "triton" and interpreting()
+    compiled = _C.kernels is not None
+    return _backend(forced, tensor.device.type, tensor.dtype, compiled, interpreted)
 
 
 @functools.cache

@@ -7,50 +7,77 @@
     python -m bench --from out/*.json --plots out   pictures of earlier runs
 
 Nothing is compared with a result that is wrong, and rows that lose are printed too. Exit status: 1
-when fastcl itself is wrong or failed, 2 for a mistyped name.
+when fastcl itself is wrong or failed, 2 for wrong usage, 130 after Ctrl-C, which keeps what was
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
+import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import machine, report
-from bench.measure import Settings, limit_rates, measure, set_fractions
+from bench import machine, report, scaling
+from bench.measure import Settings, limit_rates, measure, quiet, set_fractions
 from bench.workloads import PROVIDERS, WORKLOADS, Sizes, Workload, providers_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Name -> module with main(arguments), and what --help says. Each has a --help of its own.
+SUBCOMMANDS: dict[str, tuple[str, str]] = {
+}
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be done; the message is one line for them."""
+
 
 def parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"    {name:<12}{what}" for name, (_, what) in SUBCOMMANDS.items())
     p = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m bench",
+        description=f"{__doc__}\nOther benches, `python -m bench NAME --help`:\n\n{listed}",
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     p.add_argument("workloads", nargs="*", metavar="workload", help="default: all; see --list")
     p.add_argument("--list", action="store_true", help="the workloads and their providers")
-    p.add_argument("--size", choices=("small", "full"), default="full")
-    p.add_argument("--scaling", action="store_true", help="double the rows from --least to --most")
-    p.add_argument("--least", type=int, default=1024)
-    p.add_argument("--most", type=int, default=16384)
     p.add_argument("--providers", help="comma-separated; default: all of each workload")
-    p.add_argument("--dtype", choices=DTYPES, default="float32")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 …")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--repeats", type=int, default=9)
-    p.add_argument(
-        "--seconds", type=float, default=6.0, help="of samples per provider, but at least three"
-    )
-    p.add_argument("--no-memory", action="store_true", help="skip the peak memory processes")
-    p.add_argument("--json", type=Path, metavar="FILE")
-    p.add_argument("--plots", type=Path, metavar="FOLDER")
-    p.add_argument(
+
+    what = p.add_argument_group("what is measured")
+    what.add_argument("--size", choices=("small", "full"), default="full")
+    what.add_argument("--scaling", action="store_true", help="double the rows, --least to --most")
+    what.add_argument("--least", type=int, default=1024, metavar="N")
+    what.add_argument("--most", type=int, default=16384, metavar="N")
+    what.add_argument("--dtype", choices=DTYPES, default="float32")
+    what.add_argument("--device", default="cpu", help="cpu, cuda or cuda:0 …")
+    what.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+
+    how = p.add_argument_group("how long it may take")
+    how.add_argument("--repeats", type=int, default=9, metavar="N", help="samples of each; 9")
+    how.add_argument(
+        "--seconds", type=float, default=6.0, metavar="S",
+        help="of samples per provider, but at least three of them, or one\n"
+        "where a single call takes that long; 6",
+    )  # fmt: skip
+    how.add_argument(
+        "--longest", type=float, default=300.0, metavar="S",
+        help="with --scaling: what is expected to take longer a call is\nnot run, and listed; 300",
+    )  # fmt: skip
+    how.add_argument("--no-memory", action="store_true", help="skip the peak memory processes")
+
+    out = p.add_argument_group("output")
+    out.add_argument("--json", type=Path, metavar="FILE")
+    out.add_argument("--plots", type=Path, metavar="FOLDER")
+    out.add_argument(
         "--from", dest="earlier", type=Path, nargs="+", default=[], metavar="FILE",
         help="show these earlier runs instead of measuring",
     )  # fmt: skip
@@ -59,40 +86,113 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu-static"]:
+        from bench import gpu_static
+
+        return gpu_static.main(arguments[1:])
+    if arguments and arguments[0] in SUBCOMMANDS:
+        module, _ = SUBCOMMANDS[arguments[0]]
+        return importlib.import_module(module).main(arguments[1:])
     options = parser().parse_args(arguments)
+    try:
+        return run(options, arguments)
+    except UsageError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Measures, or shows what was measured. Raises UsageError."""
     if options.list:
         print_list()
         return 0
-    providers = options.providers.split(",") if options.providers else list(PROVIDERS)
-    for name in options.workloads:
-        if name not in WORKLOADS:
-            return usage(f"unknown workload {name!r}. Workloads: {', '.join(WORKLOADS)}")
-    for name in providers:
-        if name not in PROVIDERS:
-            return usage(f"unknown provider {name!r}. Providers: {', '.join(PROVIDERS)}")
-    if min(options.threads, options.repeats, options.least) < 1:
-        return usage("--threads, --repeats and --least must be at least 1.")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        return usage("--device cuda: torch sees no CUDA device here.")
-
+    providers = check(options)
+    interrupted = False
     if options.earlier:
-        runs = [report.load(path) for path in options.earlier]
-        results = [result for run in runs for result in run["results"]]
+        results = [result for path in options.earlier for result in load(path)]
         report.print_all(results)
     else:
-        results = measure_all(options, providers, arguments)["results"]
-    if options.plots:
+        record = new_record(options, arguments)
+        results = record["results"]
+        try:
+            measure_all(options, providers, record)
+        except KeyboardInterrupt:
+            interrupted = True
+            print("\nstopped; above is what was measured", file=sys.stderr)
+    report.print_fits(scaling.fits(results))
+    if results:
+        print(report.LEGEND)
+    if options.plots and any("seconds" in r for r in results):
         from bench import plots
 
         for path in plots.draw(results, options.plots):
             print(path)
     bad = [r for r in results if r["provider"] == "fastcl" and r["status"] in ("wrong", "failed")]
-    return 1 if bad else 0
+    return 130 if interrupted else int(bool(bad))
 
 
-def usage(line: str) -> int:
-    print(f"python -m bench: {line}", file=sys.stderr)
-    return 2
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def check(options: argparse.Namespace) -> list[str]:
+    """The providers asked for. Raises UsageError for what cannot be measured."""
+    for name in options.workloads:
+        if name not in WORKLOADS:
+            raise UsageError(unknown("workload", name, [*WORKLOADS, *SUBCOMMANDS]))
+    providers = options.providers.split(",") if options.providers else list(PROVIDERS)
+    for name in providers:
+        if name not in PROVIDERS:
+            raise UsageError(unknown("provider", name, PROVIDERS))
+    if min(options.threads, options.repeats, options.least) < 1:
+        raise UsageError("--threads, --repeats and --least must be at least 1.")
+    if options.scaling and options.most < options.least:
+        raise UsageError(f"--most {options.most} is below --least {options.least}.")
+    if not min(options.seconds, options.longest) > 0:
+        raise UsageError("--seconds and --longest must be above 0.")
+    check_device(options.device)
+    names = options.workloads or list(WORKLOADS)
+    if not any(
+        p in providers for name in names for p in providers_of(WORKLOADS[name], options.device)
+    ):
+        raise UsageError(
+            f"nothing to measure: {', '.join(providers)} has none of these workloads "
+            f"on {options.device}; see --list."
+        )
+    if options.json and options.json.is_dir():
+        raise UsageError(f"--json {options.json} is a folder; name a file in it.")
+    if options.plots and options.plots.is_file():
+        raise UsageError(f"--plots {options.plots} is a file; name a folder.")
+    return providers
+
+
+def check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch sees no CUDA device here.")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu, cuda or cuda:N; got {device!r}.")
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"unknown {what} {name!r}{hint} {what.capitalize()}s: {', '.join(known)}"
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The results in an earlier run's file. Raises UsageError."""
+    try:
+        results: list[dict[str, Any]] = report.load(path)["results"]
+        known = all(r["workload"] in WORKLOADS and r["provider"] in PROVIDERS for r in results)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UsageError(f"{path} is no file that --json has written.") from None
+    if not known:
+        raise UsageError(
+            f"{path} is of another version: it has workloads or providers unknown here."
+        )
+    return results
 
 
 def print_list() -> None:
@@ -100,47 +200,58 @@ def print_list() -> None:
         sizes = " ".join(f"{name}={value}" for name, value in workload.full.items())
         print(f"{workload.name:<20}{workload.what}")
         print(f"{'':<20}{sizes}; {', '.join(providers_of(workload))}")
+        gpu = [p for p in providers_of(workload, "cuda") if p not in providers_of(workload)]
+        if gpu:
+            print(f"{'':<20}on CUDA also {', '.join(gpu)}")
 
 
-def measure_all(
-    options: argparse.Namespace, providers: list[str], arguments: list[str]
-) -> dict[str, Any]:
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def new_record(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """What the JSON file will hold: how to repeat the run, and its results."""
+    return {
+        "command": shlex.join(["python", "-m", "bench", *arguments]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine.describe(options.device, options.threads),
+        "results": [],
+        "fits": [],
+    }
+
+
+def measure_all(options: argparse.Namespace, providers: list[str], record: dict[str, Any]) -> None:
     """Measures what was asked for; prints each table and rewrites the file as it is done."""
     torch.set_num_threads(options.threads)
+    quiet()
     settings = Settings(
         dtype=DTYPES[options.dtype],
         device=options.device,
         threads=options.threads,
         repeats=options.repeats,
         seconds=options.seconds,
+        longest=options.longest,
         memory=not options.no_memory,
     )
-    run: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "bench", *arguments]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine.describe(options.device, options.threads),
-        "results": [],
-    }
-    report.print_machine(run["machine"])
+    report.print_machine(record["machine"])
     flops: dict[str, float] = {}
     for workload, sizes in cases(options):
-        chosen = [p for p in providers_of(workload) if p in providers]
+        chosen = [p for p in providers_of(workload, options.device) if p in providers]
         if not chosen:
             continue
         before = limit_rates(workload, sizes, settings)
-        results = measure(workload, sizes, chosen, settings)
+        results = measure(workload, sizes, chosen, settings, record["results"])
         rates = largest(before, limit_rates(workload, sizes, settings))
-        run["results"] += results
+        record["results"] += results
         if results[0]["work"]["unit"] == "flop":  # one limit for the whole run, the largest seen
             flops = largest(flops, rates)
-            set_fractions([r for r in run["results"] if r["work"]["unit"] == "flop"], flops)
+            counted = [r for r in record["results"] if r["work"]["unit"] == "flop"]
+            set_fractions(counted, flops)
         else:
             set_fractions(results, rates)
+        record["fits"] = scaling.fits(record["results"])
         report.print_table(results)
         if options.json:
-            report.save(run, options.json)
-    print(report.LEGEND)
-    return run
+            report.save(record, options.json)
 
 
 def largest(*rates: dict[str, float]) -> dict[str, float]:

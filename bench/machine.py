@@ -3,7 +3,8 @@
     multiply-adds   torch.mm of two large matrices, in the workload's dtype; in float32 on a CPU
                     also multiply-adds from registers only (peak.cpp), which nothing can exceed
     bytes           the best of copy (b = a), update (b += a) and read (Σ a), on as many bytes
-                    as the workload touches, so that what fits in a cache is compared with that one
+                    as the workload touches, so that what fits in a cache is compared with that one;
+                    on a GPU at least 256 MiB, as its timer empties the cache before each call
 
 Each is measured before and after every workload. The largest is the limit.
 """
@@ -102,20 +103,20 @@ def available_bytes() -> int:
 
 
 def seconds(step: Callable[[], Any], loops: int, device: str) -> float:
-    """Time of one call: the mean of `loops` in a row. On a GPU between two events."""
+    """Time of one call: the mean of `loops` in a row; on a GPU what Triton's own timer says."""
     if device.startswith("cuda"):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(loops):
-            step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / loops
+        return gpu_seconds(step)
     begin = time.perf_counter()
     for _ in range(loops):
         step()
     return (time.perf_counter() - begin) / loops
+
+
+def gpu_seconds(step: Callable[[], Any]) -> float:
+    """The median of about 20 ms of calls between events, each after the L2 cache was emptied."""
+    from triton.testing import do_bench
+
+    return do_bench(step, warmup=5, rep=20, return_mode="median") / 1e3
 
 
 def best_rate(step: Callable[[], Any], amount: float, device: str, budget: float = 0.15) -> float:
@@ -168,8 +169,13 @@ def register_library() -> Any:
 # ---- bytes ---------------------------------------------------------------------------------------
 
 
+GPU_FOOTPRINT = 1 << 28  # less would time the launch; the timer empties the cache anyway
+
+
 def byte_rates(footprint: int, device: str) -> dict[str, float]:
     """Bytes per second on two buffers of `footprint` bytes together, by what was done to them."""
+    if device.startswith("cuda"):
+        footprint = max(footprint, GPU_FOOTPRINT)
     n = max(1024, footprint // 8)
     a, b = torch.ones(n, device=device), torch.ones(n, device=device)
     return {

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
+import signal
 import statistics
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,19 @@ import torch
 from torch import Tensor
 
 import fastcl
-from bench import machine
+from bench import machine, scaling
+from bench.inputs import Inputs, New
 from bench.workloads import (
     WORKLOADS,
     Function,
-    Inputs,
-    New,
     Sizes,
     Workload,
     bytes_of,
     function_of,
+    gradients_of,
 )
 
+Result = dict[str, Any]
 Step = Callable[[], dict[str, Tensor]]
 
 # Largest deviation that is not "wrong", as a fraction of the truth's largest entry. In half
@@ -58,25 +61,42 @@ class Settings:
     threads: int = 1
     repeats: int = 9
     seconds: float = 6.0  # of samples per provider and workload, but at least FEWEST_REPEATS
+    longest: float = 300.0  # seconds; what is expected to take longer is not called
     memory: bool = True
 
 
+@dataclass(frozen=True)
+class Runner:
+    """A provider that is right, ready to be timed."""
+
+    result: Result
+    step: Step
+    slow: bool  # a call is expected to take all the seconds of the samples: one has to do
+
+
+def quiet() -> None:
+    """No remarks of torch.compile between the tables."""
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
 def measure(
-    workload: Workload, sizes: Sizes, providers: list[str], settings: Settings
-) -> list[dict[str, Any]]:
-    """One result for each provider."""
+    workload: Workload,
+    sizes: Sizes,
+    providers: list[str],
+    settings: Settings,
+    earlier: Sequence[Result] = (),
+) -> list[Result]:
+    """One result for each provider. `earlier` ones, of smaller sizes, tell what to expect."""
     torch._dynamo.reset()
-    results = [begin(workload, sizes, provider, settings) for provider in providers]
+    results = [begin(workload, sizes, provider, settings, earlier) for provider in providers]
     runners = []
-    inputs = make_inputs(workload, sizes, settings)
-    for result in results:
-        if "status" in result:
-            continue
-        step = checked(workload, sizes, result, inputs, settings)
-        if step is not None:
-            runners.append((result, step))
-    for result, samples in zip([r for r, _ in runners], take_turns(runners, settings)):
-        result["seconds"] = summary(samples)
+    if any("status" not in result for result in results):
+        inputs = make_inputs(workload, sizes, settings)
+        for result in results:
+            if "status" not in result:
+                runners += checked(workload, sizes, result, inputs, settings)
+    for runner, samples in zip(runners, take_turns(runners, settings)):
+        runner.result["seconds"] = summary(samples)
     runners.clear()
     if settings.memory:
         for result in results:
@@ -85,12 +105,18 @@ def measure(
     return results
 
 
-def begin(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -> dict[str, Any]:
+def begin(
+    workload: Workload,
+    sizes: Sizes,
+    provider: str,
+    settings: Settings,
+    earlier: Sequence[Result] = (),
+) -> Result:
     """The result so far: what is measured, and whether it can be at all."""
     itemsize = settings.dtype.itemsize
     amount, unit = workload.work(itemsize, **sizes)
     peer = workload.peers.get(provider)
-    result: dict[str, Any] = {
+    result: Result = {
         "workload": workload.name,
         "sizes": sizes,
         "dtype": str(settings.dtype).removeprefix("torch."),
@@ -104,12 +130,16 @@ def begin(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -
         backend = fastcl.backend_of(torch.empty(0, dtype=settings.dtype, device=settings.device))
         result["backend"] = backend.name
         result["note"] = "" if backend.name in ("cpp", "triton") else f"backend {backend.name}"
-    needed = bytes_of(workload, provider, sizes, itemsize)
+    result["expected"] = scaling.expected(workload, result, earlier)
+    needed = result["expected"]["bytes"] or bytes_of(workload, provider, sizes, itemsize)
     if result["version"] is None:
         result["status"] = "not installed"
     elif needed > free_bytes(settings.device) / 2:
         result["status"] = "does not fit"
         result["note"] = f"asks for about {needed / 2**30:.0f} GiB"
+    elif (result["expected"]["seconds"] or 0) > settings.longest:
+        result["status"] = "too slow"
+        result["note"] = f"a call takes about {result['expected']['seconds']:.0f} s"
     return result
 
 
@@ -133,19 +163,31 @@ def copied(x: Any, dtype: torch.dtype | None = None) -> Any:
     return x.detach().clone().to(dtype if dtype and x.is_floating_point() else x.dtype)
 
 
-def step_of(
-    workload: Workload, function: Function, inputs: Inputs, dtype: torch.dtype | None = None
+def step_of(workload: Workload, provider: str, sizes: Sizes, inputs: Inputs) -> Step:
+    """One call of a provider on its own copy of the inputs."""
+    function = function_of(workload, provider, sizes)
+    return call_of(workload, function, inputs, gradients_of(workload, provider))
+
+
+def call_of(
+    workload: Workload,
+    function: Function,
+    inputs: Inputs,
+    gradients: tuple[str, ...],
+    dtype: torch.dtype | None = None,
 ) -> Step:
     """One call on its own copy of the inputs: the value and the gradients, or what it changed."""
     own = {name: copied(x, dtype) for name, x in inputs.items()}
-    leaves = [own[name].requires_grad_() for name in workload.gradients]
+    cotangent = own.pop("cotangent", None)
+    leaves = [own[name].requires_grad_() for name in gradients]
     changed = [own[name] for name in workload.mutates]
 
     def step() -> dict[str, Tensor]:
         value = function(*own.values())
         if leaves:
-            gradients = torch.autograd.grad(value, leaves)
-            return {"value": value.detach(), **dict(zip(workload.gradients, gradients))}
+            weights = None if cotangent is None else cotangent.to(value.dtype)
+            found = torch.autograd.grad(value, leaves, weights)
+            return {"value": value.detach(), **dict(zip(gradients, found))}
         if changed:
             return {name: flat(x) for name, x in zip(workload.mutates, changed)}
         return {"value": value}
@@ -168,38 +210,39 @@ class FlatList(list):  # type: ignore[type-arg]
 
 
 def checked(
-    workload: Workload, sizes: Sizes, result: dict[str, Any], inputs: Inputs, settings: Settings
-) -> Step | None:
-    """The provider's step after its first call, or None: then `status` says why."""
+    workload: Workload, sizes: Sizes, result: Result, inputs: Inputs, settings: Settings
+) -> list[Runner]:
+    """The provider after its first call, or none: then `status` says why."""
     provider = result["provider"]
+    slow = (result["expected"]["seconds"] or 0) > settings.seconds
     at, at_inputs = sizes, inputs
-    if bytes_of(workload, "torch", sizes, 8) > LARGEST_TRUTH:
+    if slow or bytes_of(workload, "torch", sizes, 8) > LARGEST_TRUTH:
         at, at_inputs = workload.small, make_inputs(workload, workload.small, settings)
         result["checked_at"] = at
     try:
-        check = step_of(workload, function_of(workload, provider, at), at_inputs)
-        result["errors"] = errors(check(), truth(workload, at_inputs))
+        step = step_of(workload, provider, at, at_inputs)
+        result["errors"] = errors(step(), truth(workload, at_inputs))
         if not all(e <= TOLERANCE[settings.dtype] for e in result["errors"].values()):
             result["status"] = "wrong"  # NaN included
-            return None
-        step = check
+            return []
         if at is not sizes:
             torch._dynamo.reset()  # or it compiles for any size, having seen a second one
-            step = step_of(workload, function_of(workload, provider, sizes), inputs)
-            step()
+            step = step_of(workload, provider, sizes, inputs)
+            if provider == "compile" or not slow:
+                step()
     except Exception as error:  # a row of the table, whatever another library raises
         message = str(error).splitlines() or [""]
         result["status"], result["note"] = "failed", f"{type(error).__name__}: {message[0]}"
-        return None
+        return []
     result["status"] = "ok"
-    return step
+    return [Runner(result, step, slow)]
 
 
 def truth(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
     """The plain expression in float64; kept for the providers that follow on the same inputs."""
     if truth_of.get("inputs") is not inputs:
         truth_of.clear()
-        step = step_of(workload, workload.plain, inputs, torch.float64)
+        step = call_of(workload, workload.plain, inputs, workload.gradients, torch.float64)
         truth_of.update(inputs=inputs, truth=step())
     return truth_of["truth"]
 
@@ -210,10 +253,10 @@ truth_of: dict[str, Any] = {}
 def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """The largest deviation of each result, as a fraction of its largest entry."""
     deviations = {}
-    for name, exact in expected.items():
-        exact = exact.double()
+    for name, value in actual.items():
+        exact = expected[name].double()
         scale = exact.abs().max().clamp_min(1e-300)
-        deviation = (actual[name].double().reshape(exact.shape) - exact).abs().max() / scale
+        deviation = (value.double().reshape(exact.shape) - exact).abs().max() / scale
         deviations[name] = float(deviation)
     return deviations
 
@@ -221,17 +264,18 @@ def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
 # ---- time ----------------------------------------------------------------------------------------
 
 
-def take_turns(runners: list[tuple[dict[str, Any], Step]], settings: Settings) -> list[list[float]]:
-    """Samples of each provider. Slow ones sit out the later repeats, but nobody the first three."""
+def take_turns(runners: list[Runner], settings: Settings) -> list[list[float]]:
+    """Samples of each provider. Slow ones sit out the later repeats; only a call that takes all of
+    the settings' seconds has fewer than three samples."""
     samples: list[list[float]] = [[] for _ in runners]
     loops, repeats = [], []
-    for result, step in runners:
-        if result["provider"] == "compile":
-            step()  # it may compile again on the second call, when a number has changed
-        once = machine.seconds(step, 1, settings.device)
+    for runner in runners:
+        if runner.result["provider"] == "compile":
+            runner.step()  # it may compile again on the second call, when a number has changed
+        once = math.inf if runner.slow else machine.seconds(runner.step, 1, settings.device)
         loops.append(max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
-        affordable = int(settings.seconds / (once * loops[-1]))
-        repeats.append(max(min(FEWEST_REPEATS, settings.repeats), affordable))
+        least = 1 if once > settings.seconds else min(FEWEST_REPEATS, settings.repeats)
+        repeats.append(max(least, int(settings.seconds / (once * loops[-1]))))
     gc.collect()
     gc.disable()
     try:
@@ -239,7 +283,7 @@ def take_turns(runners: list[tuple[dict[str, Any], Step]], settings: Settings) -
             for turn in range(len(runners)):
                 i = (turn + repeat) % len(runners)  # nobody always follows the same one
                 if repeat < repeats[i]:
-                    step = runners[i][1]
+                    step = runners[i].step
                     samples[i].append(machine.seconds(step, loops[i], settings.device))
     finally:
         gc.enable()
@@ -272,23 +316,41 @@ def peak_bytes(workload: Workload, sizes: Sizes, provider: str, settings: Settin
         return peak_on_gpu(workload, sizes, provider, settings)
     context = get_context("forkserver")  # a fresh process that has torch imported, no threads yet
     context.set_forkserver_preload(["torch", "fastcl.functional"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peak_in_this_process, workload.name, sizes, provider, settings).result()
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, workload.name, sizes, provider, settings)
+    process = context.Process(target=send_peak, args=arguments)
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+        process.join(timeout=10)
+        return found
+    except EOFError:  # killed, as when memory ran out
+        return None
+    finally:
+        process.kill()  # Ctrl-C does not wait for a long call
+        process.join()
 
 
-def peak_in_this_process(name: str, sizes: Sizes, provider: str, settings: Settings) -> int | None:
+def send_peak(
+    sender: Connection, name: str, sizes: Sizes, provider: str, settings: Settings
+) -> None:
+    """What the process does. Ctrl-C reaches it too, and is its parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
+    sender.send(peak_in_this_process(WORKLOADS[name], sizes, provider, settings))
+
+
+def peak_in_this_process(
+    workload: Workload, sizes: Sizes, provider: str, settings: Settings
+) -> int | None:
     """Peak of the resident memory during one call, above what it was before."""
     torch.set_num_threads(settings.threads)
-    workload = WORKLOADS[name]
     # Threads, library handles and imports are paid on the small size. Compilation needs this one;
     # what a library keeps between calls counts for it.
     warm = sizes if provider == "compile" else workload.small
-    step_of(
-        workload, function_of(workload, provider, warm), make_inputs(workload, warm, settings)
-    )()
-    step = step_of(
-        workload, function_of(workload, provider, sizes), make_inputs(workload, sizes, settings)
-    )
+    step_of(workload, provider, warm, make_inputs(workload, warm, settings))()
+    step = step_of(workload, provider, sizes, make_inputs(workload, sizes, settings))
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
@@ -320,9 +382,7 @@ def status_bytes(field: str) -> int:
 
 
 def peak_on_gpu(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -> int:
-    step = step_of(
-        workload, function_of(workload, provider, sizes), make_inputs(workload, sizes, settings)
-    )
+    step = step_of(workload, provider, sizes, make_inputs(workload, sizes, settings))
     step()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -351,7 +411,7 @@ def limit_rates(workload: Workload, sizes: Sizes, settings: Settings) -> dict[st
     return machine.byte_rates(int(touched), settings.device)
 
 
-def set_fractions(results: list[dict[str, Any]], rates: dict[str, float]) -> None:
+def set_fractions(results: list[Result], rates: dict[str, float]) -> None:
     """Fraction of the best rate: counted work / time / limit."""
     how = max(rates, key=rates.__getitem__)
     limit = rates[how]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench import report
+from bench.scaling import fits, peak
 from bench.workloads import PROVIDERS, WORKLOADS
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, and a marker for those who print.
@@ -27,7 +30,11 @@ STYLE = {
     "pytorch-metric-learning": ("#e69f00", "P"),
     "open_clip": ("#8c6d31", "X"),
     "info-nce-pytorch": ("#666666", "<"),
-    "solo-learn": ("#000000", ">"),
+    "solo-style": ("#000000", ">"),
+    "memeff": ("#7570b3", "h"),
+    "inf-cl": ("#a6761d", "*"),
+    "siglip-kernel": ("#1b9e77", "p"),
+    "liger-kernel": ("#e7298a", "d"),
 }
 assert STYLE.keys() == PROVIDERS.keys()
 
@@ -37,7 +44,6 @@ RANK = {provider: i for i, provider in enumerate(STYLE)}
 def draw(results: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Every picture that the results have data for. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    timed = [r for r in results if "seconds" in r]
     plt.rcParams.update(
         {
             "font.size": 10,
@@ -49,16 +55,47 @@ def draw(results: list[dict[str, Any]], folder: Path) -> list[Path]:
             "savefig.dpi": 160,
         }
     )
+    # Of a case that several files have, the last counts.
+    results = list({(*report.key(r), r["provider"]): r for r in results}.values())
     paths = []
-    for name, group in groupby(sorted(timed, key=lambda r: r["workload"]), lambda r: r["workload"]):
-        of_one = list(group)
-        axis = WORKLOADS[name].scaling
-        if axis and len({r["sizes"][axis] for r in of_one}) > 1:
-            paths.append(save(scaling(of_one, axis), folder / f"scaling_{name}.png"))
-    at_one_size = largest(timed)
-    if at_one_size:
-        paths.append(save(fractions(at_one_size), folder / "fraction_of_limit.png"))
+    for of_one, name in named(results, what_varies, lambda r: f"scaling_{r['workload']}"):
+        axis = WORKLOADS[of_one[0]["workload"]].scaling
+        if axis and len({r["sizes"][axis] for r in of_one if "seconds" in r}) > 1:
+            paths.append(save(scaling(of_one, axis), folder / f"{name}.png"))
+    timed = [r for r in results if "fraction_of_limit" in r]
+    for of_one, name in named(timed, kind, lambda r: "fraction_of_limit"):
+        paths.append(save(fractions(largest(of_one)), folder / f"{name}.png"))
     return paths
+
+
+def kind(result: dict[str, Any]) -> tuple[str, str]:
+    return (result["dtype"], result["device"])
+
+
+def what_varies(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What the points of one picture have in common: all but the size that --scaling varies."""
+    axis = WORKLOADS[result["workload"]].scaling
+    fixed = tuple((k, v) for k, v in result["sizes"].items() if k != axis)
+    return (result["workload"], *kind(result), fixed)
+
+
+def named(
+    results: list[dict[str, Any]],
+    key: Callable[[dict[str, Any]], tuple[Any, ...]],
+    name: Callable[[dict[str, Any]], str],
+) -> list[tuple[list[dict[str, Any]], str]]:
+    """The groups of equal key, and a file name for each: dtype, device and number when needed."""
+    groups = [list(group) for _, group in groupby(sorted(results, key=key), key)]
+    several = len({kind(r) for r in results}) > 1
+    found: list[tuple[list[dict[str, Any]], str]] = []
+    for group in groups:
+        base = name(group[0])
+        if several:
+            base += "_" + "_".join(kind(group[0])).replace(":", "")
+        taken = {other for _, other in found}
+        numbered = (base if n == 1 else f"{base}_{n}" for n in itertools.count(1))
+        found.append((group, next(n for n in numbered if n not in taken)))
+    return found
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -81,18 +118,23 @@ def largest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def scaling(results: list[dict[str, Any]], axis: str) -> Figure:
     """Two log-log panels: milliseconds and MiB against the size that varied."""
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    sizes = sorted({r["sizes"][axis] for r in results})
-    providers = sorted({r["provider"] for r in results}, key=RANK.__getitem__)
-    for provider in providers:
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
+    timed = [r for r in results if "seconds" in r]
+    sizes = sorted({r["sizes"][axis] for r in timed})
+    for provider in sorted({r["provider"] for r in timed}, key=RANK.__getitem__):
         colour, marker = STYLE[provider]
-        own = sorted(
-            (r for r in results if r["provider"] == provider), key=lambda r: r["sizes"][axis]
-        )
+        all_sizes = [r for r in results if r["provider"] == provider]
+        all_sizes.sort(key=lambda r: r["sizes"][axis])
+        own = [r for r in all_sizes if "seconds" in r]
         front = {"zorder": 3, "linewidth": 2.2} if provider == "fastcl" else {"linewidth": 1.3}
-        line = {"color": colour, "marker": marker, "markersize": 5, "label": provider, **front}
+        line = {"color": colour, "marker": marker, "markersize": 5, **front}
         x = [r["sizes"][axis] for r in own]
-        time.plot(x, [1e3 * r["seconds"]["median"] for r in own], **line)
+        time.plot(
+            x,
+            [1e3 * r["seconds"]["median"] for r in own],
+            label=legend_line(provider, all_sizes, axis),
+            **line,
+        )
         time.fill_between(
             x,
             [1e3 * r["seconds"]["lower_quartile"] for r in own],
@@ -101,7 +143,7 @@ def scaling(results: list[dict[str, Any]], axis: str) -> Figure:
             alpha=0.2,
             linewidth=0,
         )
-        measured = [r for r in own if r.get("peak_bytes")]
+        measured = [r for r in own if peak(r)]
         memory.plot(
             [r["sizes"][axis] for r in measured],
             [r["peak_bytes"] / 2**20 for r in measured],
@@ -124,8 +166,21 @@ def scaling(results: list[dict[str, Any]], axis: str) -> Figure:
         panel.set_title(title)
         panel.set_ylabel(unit)
     handles, labels = time.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=9)
     return figure
+
+
+def legend_line(provider: str, own: list[dict[str, Any]], axis: str) -> str:
+    """Name, exponents, and why the line ends before the last size."""
+    line = provider
+    (fit,) = fits(own) or [None]
+    if fit:
+        powers = [("time", fit["seconds"]), ("memory", fit["bytes"])]
+        shown = [f"{name} ${axis}^{{{a:.2f}}}$" for name, a in powers if a is not None]
+        line += ": " + ", ".join(shown)
+    last = max(r["sizes"][axis] for r in own if "seconds" in r)
+    after = [r for r in own if r["sizes"][axis] > last]
+    return line + (f"; above {last:,} {after[0]['status']}" if after else "")
 
 
 def logarithmic(panel: Axes, sizes: list[int], axis: str) -> None:
@@ -137,6 +192,9 @@ def logarithmic(panel: Axes, sizes: list[int], axis: str) -> None:
     panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
     if len(sizes) > 6:
         panel.tick_params(axis="x", rotation=30)
+        for label in panel.get_xticklabels():
+            label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")
     panel.set_xlabel(axis)
     panel.grid(True, which="major", color="#dddddd", linewidth=0.7)
     panel.set_axisbelow(True)

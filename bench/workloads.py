@@ -1,9 +1,9 @@
 """The workloads: what is computed, who computes it, and the least work that it takes.
 
-Each names the PyTorch expression that people write (`plain`: in float64 it is also the truth), the
-fastcl call, and the same thing in other libraries. `work` counts the fewest operations known:
-G = 2·N·M·D for one similarity GEMM, times the passes; or bytes, each tensor once per sweep.
-Temperatures are the papers'. One literal table, WORKLOADS, at the end.
+Each names the PyTorch expression that people write (plain.py: in float64 it is also the truth), the
+fastcl call, and the same thing in other libraries (peers.py). `work` counts the fewest operations
+known: G = 2·N·M·D for one similarity GEMM, times the passes; or bytes, each tensor once per sweep.
+Temperatures are the papers'. One literal table, WORKLOADS; every word of fastcl's OPS is in it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 import fastcl.functional as F
+from bench import inputs, peers, plain
+from bench.inputs import Inputs
+from bench.peers import Function
 
 Sizes = dict[str, int]
-Inputs = dict[str, Any]  # name -> Tensor, or list of Tensors
-Function = Callable[..., Any]  # takes the inputs in their order
 
 
 class Work(NamedTuple):
@@ -38,6 +38,8 @@ class Peer:
     make: Callable[..., Function]
     note: str = ""
     bytes: Callable[..., int] | None = None
+    device: str = ""  # "cuda": it runs nowhere else
+    gradients: tuple[str, ...] | None = None  # where it has fewer than the workload asks for
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Workload:
     """One row group of the bench. Callables take the sizes as keywords, `inputs` a `New` first."""
 
     name: str
+    op: str  # the word in fastcl's OPS that does the work; "" for what is composed of torch's own
     what: str
     small: Sizes
     full: Sizes
@@ -59,286 +62,29 @@ class Workload:
     scaling: str = ""  # the size that --scaling varies
 
 
-class New:
-    """Makes inputs: seeded, of one dtype, on one device."""
+def same(function: Function) -> Callable[..., Function]:
+    """A `make` of what needs no import and is the same for all sizes."""
+    return lambda **sizes: function
 
-    def __init__(self, dtype: torch.dtype, device: str, seed: int = 0) -> None:
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
-
-    def view_of(self, x: Tensor) -> Tensor:
-        """Rows at an angle of 45° to those of x: what a half-trained encoder makes of two views."""
-        return x + self.normal(*x.shape)
-
-    def scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, device=self.device)
-
-
-# ---- the expressions that people write -----------------------------------------------------------
-
-
-def nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
-    z = normalize(torch.cat((z0, z1)), dim=1)
-    s = (z @ z.T / 0.5).fill_diagonal_(-math.inf)
-    partner = torch.arange(len(z), device=z.device).roll(len(z0))
-    return cross_entropy(s, partner)
-
-
-def clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    s = logit_scale * normalize(image, dim=1) @ normalize(text, dim=1).T
-    pair = torch.arange(len(s), device=s.device)
-    return (cross_entropy(s, pair) + cross_entropy(s.T, pair)) / 2
-
-
-def info_nce(query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
-    query, positive = normalize(query, dim=1), normalize(positive, dim=1)
-    own = (query * positive).sum(1, keepdim=True)
-    logits = torch.cat((own, query @ negatives.T), 1) / 0.07
-    return cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
-
-
-def sup_con(features: Tensor, labels: Tensor) -> Tensor:
-    z = normalize(features, dim=1)
-    s = z @ z.T / 0.07
-    s = s - s.max(1, keepdim=True).values.detach()
-    others = 1 - torch.eye(len(z), dtype=z.dtype, device=z.device)
-    positive = (labels[:, None] == labels) * others
-    log_p = s - (s.exp() * others).sum(1, keepdim=True).log()
-    return -((positive * log_p).sum(1) / positive.sum(1)).mean()
-
-
-def dcl(z0: Tensor, z1: Tensor) -> Tensor:
-    z = normalize(torch.cat((z0, z1)), dim=1)
-    s = z @ z.T / 0.1
-    image = torch.arange(len(z0), device=z.device).repeat(2)
-    own = (z * z.roll(len(z0), 0)).sum(1) / 0.1
-    return (s.masked_fill(image[:, None] == image, -math.inf).logsumexp(1) - own).mean()
-
-
-@torch.no_grad()
-def sinkhorn(scores: Tensor) -> Tensor:
-    q = (scores / 0.05).exp().T
-    q /= q.sum()
-    for _ in range(3):
-        q /= q.sum(1, keepdim=True)
-        q /= q.shape[0]
-        q /= q.sum(0, keepdim=True)
-        q /= q.shape[1]
-    return (q * q.shape[1]).T
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return -(targets * (logits / 0.1).log_softmax(1)).sum(1).mean()
-
-
-def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    return -(normalize(prediction, dim=1) * normalize(target, dim=1)).sum(1).mean()
-
-
-@torch.no_grad()
-def ema(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for target, source in zip(targets, sources):
-        target.mul_(0.996).add_(source, alpha=1 - 0.996)
-
-
-@torch.no_grad()
-def queue_push(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
-    start = int(pointer)  # as in MoCo: the queue's size is a multiple of the batch
-    queue[start : start + len(keys)] = keys
-    pointer[0] = (start + len(keys)) % len(queue)
-
-
-# ---- other libraries -----------------------------------------------------------------------------
-
-
-def lightly_nt_xent(**sizes: int) -> Function:
-    from lightly.loss import NTXentLoss
-
-    return NTXentLoss(temperature=0.5)
-
-
-def lightly_info_nce(*, N: int, M: int, D: int) -> Function:
-    from lightly.loss import NTXentLoss
-
-    loss = NTXentLoss(temperature=0.07, memory_bank_size=(M, D))
-
-    def call(query: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
-        loss.memory_bank.bank = negatives
-        return loss(query, positive)
-
-    return call
-
-
-def lightly_dcl(**sizes: int) -> Function:
-    from lightly.loss import DCLLoss
-
-    return DCLLoss(temperature=0.1)
-
-
-def lightly_sinkhorn(**sizes: int) -> Function:
-    from lightly.loss.swav_loss import sinkhorn
-
-    return torch.no_grad()(lambda scores: sinkhorn(scores, iterations=3, epsilon=0.05))
-
-
-def lightly_negative_cosine(**sizes: int) -> Function:
-    from lightly.loss import NegativeCosineSimilarity
-
-    return NegativeCosineSimilarity()
-
-
-def lightly_ema(**sizes: int) -> Function:
-    from lightly.models.utils import update_momentum
-
-    def parameters(tensors: list[Tensor]) -> nn.Module:
-        module = nn.Module()  # update_momentum takes modules
-        module.all = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in tensors)
-        return module
-
-    modules: list[nn.Module] = []
-
-    def call(targets: list[Tensor], sources: list[Tensor]) -> None:
-        if not modules:  # parameters that share the tensors' memory, made once
-            modules.extend((parameters(sources), parameters(targets)))
-        update_momentum(*modules, m=0.996)
-
-    return call
-
-
-def lightly_queue_push(*, B: int, M: int, D: int) -> Function:
-    from lightly.models.modules.memory_bank import MemoryBankModule
-
-    module = MemoryBankModule((M, D))
-
-    def call(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
-        module.bank, module.bank_ptr = queue, pointer
-        module(keys, update=True)
-
-    return call
-
-
-def metric_learning_nt_xent(**sizes: int) -> Function:
-    from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
-
-    return SelfSupervisedLoss(NTXentLoss(temperature=0.5))
-
-
-def metric_learning_sup_con(**sizes: int) -> Function:
-    from pytorch_metric_learning.losses import SupConLoss
-
-    return SupConLoss(temperature=0.07)
-
-
-def open_clip_clip(**sizes: int) -> Function:
-    from open_clip.loss import ClipLoss
-
-    loss = ClipLoss()
-    return lambda image, text, t: loss(normalize(image, dim=1), normalize(text, dim=1), t)
-
-
-def info_nce_pytorch(**sizes: int) -> Function:
-    from info_nce import InfoNCE
-
-    return InfoNCE(temperature=0.07)
-
-
-def solo_nt_xent(*, N: int, D: int) -> Function:
-    from solo.losses.simclr import simclr_loss_func
-
-    return lambda z0, z1: simclr_loss_func(
-        torch.cat((z0, z1)), torch.arange(N, device=z0.device).repeat(2), temperature=0.5
-    )
-
-
-# ---- inputs --------------------------------------------------------------------------------------
-
-
-def two_views(new: New, *, N: int, D: int) -> Inputs:
-    z0 = new.normal(N, D)
-    return {"z0": z0, "z1": new.view_of(z0)}
-
-
-def image_and_text(new: New, *, N: int, D: int) -> Inputs:
-    image = new.normal(N, D)
-    return {"image": image, "text": new.view_of(image), "logit_scale": new.scalar(1 / 0.07)}
-
-
-def query_and_queue(new: New, *, N: int, M: int, D: int) -> Inputs:
-    query = new.normal(N, D)
-    negatives = normalize(new.normal(M, D), dim=1)  # a queue holds what was normalised before
-    return {"query": query, "positive": new.view_of(query), "negatives": negatives}
-
-
-def labelled(new: New, *, N: int, D: int) -> Inputs:
-    labels = torch.arange(N, device=new.device) % max(1, N // 8)  # 8 rows of each class
-    return {"features": new.normal(N, D), "labels": labels}
-
-
-def prototype_scores(new: New, *, N: int, K: int) -> Inputs:
-    return {"scores": normalize(new.normal(N, 128), dim=1) @ normalize(new.normal(K, 128), dim=1).T}
-
-
-def soft_targets(new: New, *, N: int, K: int) -> Inputs:
-    return {"logits": new.normal(N, K), "targets": (new.normal(N, K) / 0.5).softmax(1)}
-
-
-def predictions(new: New, *, N: int, D: int) -> Inputs:
-    prediction = new.normal(N, D)
-    return {"prediction": prediction, "target": new.view_of(prediction)}
-
-
-def resnet_shapes(width: int) -> list[tuple[int, ...]]:
-    """The parameters of a bottleneck ResNet: ResNet-50's 161 tensors for width 64."""
-
-    def convolution(k: int, inside: int, outside: int) -> list[tuple[int, ...]]:
-        return [(outside, inside, k, k), (outside,), (outside,)]  # and batch normalisation
-
-    shapes, inside = convolution(7, 3, width), width
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        middle = width * 2**stage
-        for block in range(blocks):
-            shapes += convolution(1, inside, middle) + convolution(3, middle, middle)
-            shapes += convolution(1, middle, 4 * middle)
-            shapes += convolution(1, inside, 4 * middle) if block == 0 else []
-            inside = 4 * middle
-    return [*shapes, (1000, inside), (1000,)]
-
-
-def encoder_and_its_average(new: New, *, width: int) -> Inputs:
-    shapes = resnet_shapes(width)
-    return {
-        "targets": [new.normal(*shape) for shape in shapes],
-        "sources": [new.normal(*shape) for shape in shapes],
-    }
-
-
-def queue_and_keys(new: New, *, B: int, M: int, D: int) -> Inputs:
-    pointer = torch.zeros(1, dtype=torch.long, device=new.device)
-    return {"queue": new.normal(M, D), "pointer": pointer, "keys": new.normal(B, D)}
-
-
-# ---- the table -----------------------------------------------------------------------------------
 
 TABLE = [
     Workload(
         name="nt_xent",
+        op="self_similarity_lse",
         what="SimCLR's loss of 2N views, forward + backward",
         small={"N": 128, "D": 64},
         full={"N": 4096, "D": 128},
-        inputs=two_views,
+        inputs=inputs.two_views,
         gradients=("z0", "z1"),
-        plain=nt_xent,
+        plain=plain.nt_xent,
         fused=lambda z0, z1: F.nt_xent(z0, z1, temperature=0.5),
         peers={
-            "lightly": Peer(lightly_nt_xent),
-            "pytorch-metric-learning": Peer(
-                metric_learning_nt_xent,  # a mask of positives × negatives, and floats from it
+            "lightly": Peer(peers.lightly_nt_xent),
+            "pytorch-metric-learning": Peer(  # a mask of positives × negatives, and floats from it
+                peers.metric_learning_nt_xent,
                 bytes=lambda *, N, D: 13 * (2 * N) * (2 * N) * (2 * N),
             ),
-            "solo-learn": Peer(solo_nt_xent),
+            "solo-style": Peer(same(plain.nt_xent_with_masks)),
         },
         # Z Zᵀ is symmetric: half a GEMM forward, one and a half backward.
         work=lambda b, *, N, D: Work(2 * (2 * (2 * N) ** 2 * D), "flop"),
@@ -347,31 +93,65 @@ TABLE = [
     ),
     Workload(
         name="clip",
+        op="similarity_lse",
         what="CLIP's symmetric loss with a learnable scale, forward + backward",
         small={"N": 128, "D": 64},
         full={"N": 4096, "D": 512},
-        inputs=image_and_text,
+        inputs=inputs.image_and_text,
         gradients=("image", "text", "logit_scale"),
-        plain=clip,
+        plain=plain.clip,
         fused=lambda image, text, t: F.clip(image, text, logit_scale=t),
-        peers={"open_clip": Peer(open_clip_clip)},
+        peers={
+            "open_clip": Peer(peers.open_clip_clip),
+            "memeff": Peer(
+                peers.memeff_clip,
+                note="no gradient of the scale",
+                device="cuda",
+                gradients=("image", "text"),
+            ),
+            "inf-cl": Peer(peers.inf_cl_clip, note="one direction a call", device="cuda"),
+            "liger-kernel": Peer(
+                peers.liger_clip, note="fused linear cross entropy, each direction", device="cuda"
+            ),
+        },
         # One pass forward; backward the scores again and one pass for each gradient.
         work=lambda b, *, N, D: Work(4 * (2 * N * N * D), "flop"),
         matrix=lambda *, N, D: N * N,
         scaling="N",
     ),
     Workload(
+        name="siglip",
+        op="pair_sigmoid",
+        what="SigLIP's loss with a learnable scale and bias, forward + backward",
+        small={"N": 128, "D": 64},
+        full={"N": 4096, "D": 512},
+        inputs=inputs.image_text_and_bias,
+        gradients=("image", "text", "logit_scale", "logit_bias"),
+        plain=plain.siglip,
+        fused=lambda image, text, t, b: F.siglip(image, text, logit_scale=t, logit_bias=b),
+        peers={
+            "open_clip": Peer(peers.open_clip_siglip),
+            "siglip-kernel": Peer(peers.siglip_kernel_siglip, device="cuda"),
+        },
+        # One pass gives the scores and, as nothing is normalised over a row, both gradients.
+        work=lambda b, *, N, D: Work(3 * (2 * N * N * D), "flop"),
+        matrix=lambda *, N, D: N * N,
+        scaling="N",
+    ),
+    Workload(
         name="info_nce",
+        op="similarity_lse",
         what="MoCo's loss against a queue of M keys, forward + backward to the query",
         small={"N": 32, "M": 1024, "D": 64},
         full={"N": 256, "M": 65536, "D": 128},
-        inputs=query_and_queue,
+        inputs=inputs.query_and_queue,
         gradients=("query",),
-        plain=info_nce,
+        plain=plain.info_nce,
         fused=lambda q, k, queue: F.info_nce(q, k, queue, temperature=0.07),
         peers={
-            "info-nce-pytorch": Peer(info_nce_pytorch),
-            "lightly": Peer(lightly_info_nce, note="also clones and fills the queue"),
+            "solo-style": Peer(same(plain.info_nce_with_einsum)),
+            "info-nce-pytorch": Peer(peers.info_nce_pytorch),
+            "lightly": Peer(peers.lightly_info_nce, note="also clones and fills the queue"),
         },
         # Scores, and their weighted sum of keys.
         work=lambda b, *, N, M, D: Work(2 * (2 * N * M * D), "flop"),
@@ -379,42 +159,108 @@ TABLE = [
         scaling="M",
     ),
     Workload(
+        name="info_nce_paired",
+        op="",  # the negatives outweigh the scores: there is no matrix to avoid
+        what="InfoNCE with K negatives of each query's own, forward + backward to all",
+        small={"N": 32, "K": 16, "D": 64},
+        full={"N": 256, "K": 1024, "D": 128},
+        inputs=inputs.query_and_its_negatives,
+        gradients=("query", "positive", "negatives"),
+        plain=plain.info_nce_paired,
+        fused=lambda q, k, own: F.info_nce(q, k, own, temperature=0.07),
+        peers={"info-nce-pytorch": Peer(peers.info_nce_pytorch_paired)},
+        # The negatives are read in both directions, their gradient is written once.
+        work=lambda b, *, N, K, D: Work(3 * N * K * D * b, "byte"),
+        matrix=lambda *, N, K, D: N * K * D // 2,  # a few copies of the negatives
+        scaling="N",
+    ),
+    Workload(
         name="sup_con",
+        op="self_similarity_lse",
         what="supervised contrastive loss, 8 rows a class, forward + backward",
         small={"N": 128, "D": 64},
         full={"N": 4096, "D": 128},
-        inputs=labelled,
+        inputs=inputs.labelled,
         gradients=("features",),
-        plain=sup_con,
+        plain=plain.sup_con,
         fused=lambda features, labels: F.sup_con(features, labels, temperature=0.07),
-        peers={"pytorch-metric-learning": Peer(metric_learning_sup_con)},
+        peers={"pytorch-metric-learning": Peer(peers.metric_learning_sup_con)},
         work=lambda b, *, N, D: Work(2 * (2 * N * N * D), "flop"),
         matrix=lambda *, N, D: N * N,
         scaling="N",
     ),
     Workload(
         name="dcl",
+        op="self_similarity_lse",
         what="decoupled contrastive loss of 2N views, forward + backward",
         small={"N": 128, "D": 64},
         full={"N": 2048, "D": 128},
-        inputs=two_views,
+        inputs=inputs.two_views,
         gradients=("z0", "z1"),
-        plain=dcl,
+        plain=plain.dcl,
         fused=lambda z0, z1: F.dcl(z0, z1, temperature=0.1),
-        peers={"lightly": Peer(lightly_dcl)},
+        peers={"lightly": Peer(peers.lightly_dcl)},
         work=lambda b, *, N, D: Work(2 * (2 * (2 * N) ** 2 * D), "flop"),
         matrix=lambda *, N, D: (2 * N) ** 2,
         scaling="N",
     ),
     Workload(
+        name="instance_spread",
+        op="instance_spread",
+        what="InvaSpread's loss of 2N views, gradient through the rows, forward + backward",
+        small={"N": 128, "D": 64},
+        full={"N": 2048, "D": 128},
+        inputs=inputs.two_views,
+        gradients=("z0", "z1"),
+        plain=plain.instance_spread,
+        fused=lambda z0, z1: F.instance_spread(z0, z1, temperature=0.1),
+        work=lambda b, *, N, D: Work(2 * (2 * (2 * N) ** 2 * D), "flop"),
+        matrix=lambda *, N, D: (2 * N) ** 2,
+        scaling="N",
+    ),
+    Workload(
+        name="bank_scores",
+        op="bank_scores",
+        what="similarities to 1 + K rows of a memory bank, forward + backward to the query",
+        small={"N": 32, "K": 64, "M": 1000, "D": 64},
+        full={"N": 256, "K": 4096, "M": 200_000, "D": 128},
+        inputs=inputs.bank_and_cotangent,
+        gradients=("query",),
+        plain=plain.bank_scores,
+        fused=lambda q, bank, index: F.bank_scores(q, bank, index, scale=1 / 0.07),
+        # Each row and its index once in both directions; scores and their gradient.
+        work=lambda b, *, N, K, M, D: Work(2 * N * (1 + K) * (D * b + 8 + 4), "byte"),
+        matrix=lambda *, N, K, M, D: N * (1 + K) * D // 2,  # the gathered rows, once or twice
+        scaling="N",
+    ),
+    Workload(
+        name="nce",
+        op="bank_scores",
+        what="InstDisc's loss against 1 + K rows of a memory bank, forward + backward",
+        small={"N": 32, "K": 64, "M": 1000, "D": 64},
+        full={"N": 256, "K": 4096, "M": 200_000, "D": 128},
+        inputs=inputs.query_and_bank,
+        gradients=("query",),
+        plain=plain.nce,
+        fused=lambda q, bank, index: F.nce(
+            F.bank_scores(q, bank, index, scale=1 / 0.07),
+            data_size=len(bank),
+            partition=plain.PARTITION * len(bank),
+        ),
+        work=lambda b, *, N, K, M, D: Work(2 * N * (1 + K) * (D * b + 8), "byte"),
+        matrix=lambda *, N, K, M, D: N * (1 + K) * D // 2,
+        scaling="N",
+    ),
+    Workload(
         name="sinkhorn",
+        op="sinkhorn",
         what="SwAV's codes, 3 iterations, no gradient",
         small={"N": 64, "K": 300},
         full={"N": 4096, "K": 3000},
-        inputs=prototype_scores,
-        plain=sinkhorn,
+        inputs=inputs.prototype_scores,
+        plain=plain.sinkhorn,
         fused=lambda scores: F.sinkhorn(scores, epsilon=0.05, iterations=3),
-        peers={"lightly": Peer(lightly_sinkhorn)},
+        peers={"lightly": Peer(peers.lightly_sinkhorn)},
         # The scores once per iteration and once for the codes, which are written in float32.
         work=lambda b, *, N, K: Work(N * K * (4 * b + 4), "byte"),
         matrix=lambda *, N, K: N * K,
@@ -422,16 +268,17 @@ TABLE = [
     ),
     Workload(
         name="soft_cross_entropy",
+        op="soft_cross_entropy",
         what="DINO's cross entropy against soft targets, forward + backward",
         small={"N": 16, "K": 4096},
         full={"N": 160, "K": 65536},
-        inputs=soft_targets,
+        inputs=inputs.soft_targets,
         gradients=("logits",),
-        plain=soft_cross_entropy,
+        plain=plain.soft_cross_entropy,
         fused=lambda logits, y: F.soft_cross_entropy(logits, y, temperature=0.1),
         peers={
             "builtin": Peer(
-                lambda **sizes: lambda logits, y: cross_entropy(logits / 0.1, y),
+                same(lambda logits, y: cross_entropy(logits / 0.1, y)),
                 note="torch's cross_entropy with probabilities",
             )
         },
@@ -441,20 +288,40 @@ TABLE = [
         scaling="N",
     ),
     Workload(
+        name="self_distillation",
+        op="self_distillation",
+        what="DINO's loss of S student and T teacher views, forward + backward",
+        small={"S": 4, "T": 2, "N": 8, "K": 512},
+        full={"S": 10, "T": 2, "N": 16, "K": 65536},
+        inputs=inputs.student_and_teacher,
+        gradients=("student",),
+        plain=plain.self_distillation,
+        fused=lambda student, teacher, center: F.self_distillation(student, teacher, center=center),
+        peers={
+            "solo-style": Peer(same(plain.self_distillation_by_pairs)),
+            "lightly": Peer(peers.lightly_self_distillation, note="also updates the centre"),
+        },
+        # Logits of both are read in both directions, the student's gradient is written once.
+        work=lambda b, *, S, T, N, K: Work((3 * S + 2 * T) * N * K * b, "byte"),
+        matrix=lambda *, S, T, N, K: (S + T) * N * K,
+        scaling="N",
+    ),
+    Workload(
         name="negative_cosine",
+        op="cosine",
         what="SimSiam's loss, forward + backward to the prediction",
         small={"N": 256, "D": 64},
         full={"N": 8192, "D": 256},
-        inputs=predictions,
+        inputs=inputs.predictions,
         gradients=("prediction",),
-        plain=negative_cosine,
+        plain=plain.negative_cosine,
         fused=lambda p, z: F.negative_cosine(p, z),
         peers={
             "builtin": Peer(
-                lambda **sizes: lambda p, z: -cosine_similarity(p, z, dim=1).mean(),
+                same(lambda p, z: -cosine_similarity(p, z, dim=1).mean()),
                 note="torch's cosine_similarity",
             ),
-            "lightly": Peer(lightly_negative_cosine),
+            "lightly": Peer(peers.lightly_negative_cosine),
         },
         work=lambda b, *, N, D: Work(5 * N * D * b, "byte"),
         matrix=lambda *, N, D: N * D,
@@ -462,60 +329,79 @@ TABLE = [
     ),
     Workload(
         name="ema",
+        op="ema",
         what="the momentum update of a ResNet-50's 161 tensors (width 64)",
         small={"width": 8},
         full={"width": 64},
-        inputs=encoder_and_its_average,
+        inputs=inputs.encoder_and_its_average,
         mutates=("targets",),
-        plain=ema,
+        plain=plain.ema,
         fused=lambda targets, sources: F.ema_update_(targets, sources, momentum=0.996),
         peers={
             "builtin": Peer(
-                lambda **sizes: (
-                    lambda targets, sources: torch._foreach_lerp_(targets, sources, 1 - 0.996)
-                ),
+                same(lambda targets, sources: torch._foreach_lerp_(targets, sources, 1 - 0.996)),
                 note="torch._foreach_lerp_",
             ),
-            "lightly": Peer(lightly_ema),
+            "lightly": Peer(peers.lightly_ema),
         },
         work=lambda b, *, width: Work(
-            3 * b * sum(math.prod(shape) for shape in resnet_shapes(width)), "byte"
+            3 * b * sum(math.prod(shape) for shape in inputs.resnet_shapes(width)), "byte"
         ),
     ),
     Workload(
         name="queue_push",
+        op="queue",
         what="writing B keys into MoCo's queue",
         small={"B": 32, "M": 1024, "D": 64},
         full={"B": 256, "M": 65536, "D": 128},
-        inputs=queue_and_keys,
+        inputs=inputs.queue_and_keys,
         mutates=("queue", "pointer"),
-        plain=queue_push,
+        plain=plain.queue_push,
         fused=lambda queue, pointer, keys: F.queue_push_(queue, pointer, keys),
-        peers={"lightly": Peer(lightly_queue_push, note="also clones the queue")},
+        peers={"lightly": Peer(peers.lightly_queue_push, note="also clones the queue")},
         work=lambda b, *, B, M, D: Work(2 * B * D * b, "byte"),
+    ),
+    Workload(
+        name="bank_update",
+        op="bank",
+        what="mixing B features into rows of a memory bank",
+        small={"B": 32, "M": 1000, "D": 64},
+        full={"B": 4096, "M": 200_000, "D": 128},
+        inputs=inputs.bank_and_features,
+        mutates=("bank",),
+        plain=plain.bank_update,
+        fused=lambda bank, index, x: F.bank_update_(bank, index, x, momentum=0.5),
+        work=lambda b, *, B, M, D: Work(3 * B * D * b, "byte"),
     ),
 ]
 
 WORKLOADS = {workload.name: workload for workload in TABLE}
 
-# Every provider, and the distribution whose version is reported. The first three, and "builtin"
-# (torch's own single call for the whole thing, where there is one), need no further package.
+# Every provider, and the distribution whose version is reported. Of the first five, "builtin" is
+# torch's own single call for the whole thing, where there is one, and "solo-style" the expression
+# that solo-learn's code has, where it differs from the plain one.
 PROVIDERS = {
     "fastcl": "fastcl",
     "torch": "torch",
     "compile": "torch",
     "builtin": "torch",
+    "solo-style": "torch",
     "lightly": "lightly",
     "pytorch-metric-learning": "pytorch-metric-learning",
     "open_clip": "open_clip_torch",
     "info-nce-pytorch": "info-nce-pytorch",
-    "solo-learn": "solo-learn",
+    "memeff": "memeff",
+    "inf-cl": "inf-cl",
+    "siglip-kernel": "siglip-kernel",
+    "liger-kernel": "liger-kernel",
 }
 
 
-def providers_of(workload: Workload) -> list[str]:
-    """Those that have this workload, in the order of PROVIDERS."""
-    return [p for p in PROVIDERS if p in ("fastcl", "torch", "compile", *workload.peers)]
+def providers_of(workload: Workload, device: str = "cpu") -> list[str]:
+    """Those that have this workload on this kind of device, in the order of PROVIDERS."""
+    kind = device.partition(":")[0]
+    own = [name for name, peer in workload.peers.items() if peer.device in ("", kind)]
+    return [p for p in PROVIDERS if p in ("fastcl", "torch", "compile", *own)]
 
 
 def function_of(workload: Workload, provider: str, sizes: Sizes) -> Function:
@@ -529,11 +415,17 @@ def function_of(workload: Workload, provider: str, sizes: Sizes) -> Function:
     return workload.peers[provider].make(**sizes)
 
 
+def gradients_of(workload: Workload, provider: str) -> tuple[str, ...]:
+    """The inputs whose gradient the provider computes."""
+    peer = workload.peers.get(provider)
+    return workload.gradients if peer is None or peer.gradients is None else peer.gradients
+
+
 def bytes_of(workload: Workload, provider: str, sizes: Sizes, itemsize: int) -> int:
     """An estimate of what a call allocates, so that nothing is started that cannot fit."""
-    if provider == "fastcl":
-        return 0  # O(rows)
     peer = workload.peers.get(provider)
+    if provider == "fastcl" or (peer is not None and peer.device == "cuda"):
+        return 0  # O(rows): such a peer exists because of that
     if peer is not None and peer.bytes is not None:
         return peer.bytes(**sizes)
     return 8 * itemsize * workload.matrix(**sizes)  # logits, their copies and masks, gradients

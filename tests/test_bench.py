@@ -5,20 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is not part of the installed package
 
 import fastcl.functional as F
-from bench import machine, measure, report
+from bench import machine, measure, report, scaling
 from bench.__main__ import main
-from bench.measure import Settings
-from bench.workloads import PROVIDERS, WORKLOADS, New, bytes_of, providers_of, resnet_shapes
+from bench.inputs import New, resnet_shapes
+from bench.measure import Runner, Settings
+from bench.workloads import PROVIDERS, WORKLOADS, bytes_of, providers_of
+from fastcl.ops import OPS
 
 ONE = Settings(threads=1, repeats=3, seconds=0.05, memory=False)
 TINY = {"N": 16, "D": 8}
@@ -50,10 +58,33 @@ def test_every_installed_provider_agrees_with_the_float64_formula(name: str) -> 
         result = measure.begin(workload, sizes, provider, ONE)
         if provider == "compile" or result.get("status") == "not installed":
             continue
-        step = measure.checked(workload, sizes, result, inputs, ONE)
+        (runner,) = measure.checked(workload, sizes, result, inputs, ONE) or [None]
         assert result["status"] == "ok", (provider, result)
-        assert step is not None
+        assert runner.result is result
         assert result["errors"].keys() >= {*workload.gradients, *workload.mutates}
+
+
+class Called(TorchDispatchMode):
+    """Collects which of fastcl's operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_operation_has_a_workload_that_runs_it() -> None:
+    assert {w.op for w in WORKLOADS.values()} - {""} == OPS.keys()
+    for workload in WORKLOADS.values():
+        inputs = measure.make_inputs(workload, workload.small, ONE)
+        with Called() as called:
+            measure.step_of(workload, "fastcl", workload.small, inputs)()
+        of_the_word = {op.overload.name() for op in OPS[workload.op]} if workload.op else set()
+        ours = {name for name in called.names if name.startswith("fastcl::")}
+        assert bool(ours & of_the_word) == bool(workload.op), (workload.name, ours)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +132,8 @@ def test_a_change_in_place_is_compared_too() -> None:
 
 
 def test_a_missing_peer_is_listed(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(machine, "version", lambda p: None if p == "solo-learn" else "1")
-    results = measure.measure(WORKLOADS["nt_xent"], TINY, ["torch", "solo-learn"], ONE)
+    monkeypatch.setattr(machine, "version", lambda p: None if p == "lightly" else "1")
+    results = measure.measure(WORKLOADS["nt_xent"], TINY, ["torch", "lightly"], ONE)
     assert results[1]["status"] == "not installed"
     report.print_table(results)
     assert "not installed" in capsys.readouterr().out
@@ -115,6 +146,163 @@ def test_what_cannot_fit_is_not_started(monkeypatch) -> None:
     assert result["status"] == "does not fit"
     assert result["note"] == f"asks for about {13 * 8192**3 / 2**30:.0f} GiB"
     assert bytes_of(workload, "fastcl", workload.full, 4) == 0
+
+
+# ---- sizes that grow -----------------------------------------------------------------------------
+
+
+def at(rows: int, seconds: float, peak: float | None = None, provider: str = "fastcl") -> dict:
+    """A result of nt_xent."""
+    return {
+        "workload": "nt_xent", "provider": provider, "sizes": {"N": rows, "D": 128},
+        "dtype": "float32", "device": "cpu", "status": "ok",
+        "seconds": {"median": seconds, "samples": [seconds]},
+        **({} if peak is None else {"peak_bytes": peak}),
+    }  # fmt: skip
+
+
+def test_exponents_are_slopes_in_the_logarithm() -> None:
+    powers = [at(n, 3e-9 * n**2, 400.0 * n**1.25) for n in (4096, 8192, 16384)]
+    (fit,) = scaling.fits(powers)
+    assert (fit["from"], fit["to"], fit["provider"]) == (4096, 16384, "fastcl")
+    assert fit["work"] == pytest.approx(2)
+    assert [fit["seconds"], fit["seconds_last"]] == pytest.approx([2, 2])
+    assert [fit["bytes"], fit["bytes_last"]] == pytest.approx([1.25, 1.25])
+    # Least squares, not the ends: log2 of 1, 4, 4 against 0, 1, 2 has slope 1.
+    assert scaling.exponent([(1, 1), (2, 4), (4, 4)]) == pytest.approx(1)
+    assert scaling.fits(powers[:1]) == []
+    tiny = [at(n, 1e-3, 4096.0) for n in (16, 32)]  # a page is no measurement
+    assert scaling.fits(tiny)[0]["bytes"] is None
+
+
+def test_the_next_size_is_guessed_from_the_last_ones() -> None:
+    workload, next_one = WORKLOADS["nt_xent"], at(8192, 0.0)
+    guess = scaling.expected(workload, next_one, [at(2048, 1.0, 2**21), at(4096, 4.0, 2**22)])
+    assert guess == {"seconds": pytest.approx(16), "bytes": pytest.approx(2**23)}
+    plain = [at(2048, 1.0, 2**21, "torch"), at(4096, 10.0, 2**22, "torch")]
+    guess = scaling.expected(workload, at(8192, 0.0, provider="torch"), plain)
+    assert guess == {"seconds": pytest.approx(100), "bytes": pytest.approx(2**24)}  # a matrix
+    assert scaling.expected(workload, next_one, plain) == {"seconds": None, "bytes": None}
+
+
+def test_what_would_take_too_long_or_not_fit_is_listed_and_not_called(monkeypatch, capsys) -> None:
+    def never(z0, z1):
+        raise AssertionError("called")
+
+    workload = dataclasses.replace(WORKLOADS["nt_xent"], fused=never, plain=never)
+    sizes = {"N": 32, "D": 128}
+    huge = float(machine.available_bytes())
+    earlier = [at(16, 100.0), at(16, 1e-3, huge, "torch")]
+    settings = dataclasses.replace(ONE, longest=300.0)
+    results = measure.measure(workload, sizes, ["fastcl", "torch"], settings, earlier)
+    assert [r["status"] for r in results] == ["too slow", "does not fit"]
+    report.print_table(results)
+    out = capsys.readouterr().out
+    assert "too slow: a call takes about 400 s" in out
+    assert f"does not fit: asks for about {4 * huge / 2**30:.0f} GiB" in out
+
+
+def test_a_slow_size_is_checked_at_the_small_one(capsys) -> None:
+    workload, sizes = WORKLOADS["nt_xent"], {"N": 512, "D": 128}
+    earlier = [at(256, 2.0)]  # so 8 s are expected, more than the 0.05 of all samples
+    (result,) = measure.measure(workload, sizes, ["fastcl"], ONE, earlier)
+    assert result["status"] == "ok"
+    assert result["checked_at"] == workload.small
+    assert len(result["seconds"]["samples"]) == 1
+    report.print_table([result])
+    assert "one sample; checked at N=128 D=64" in capsys.readouterr().out
+
+
+def test_scaling_prints_and_keeps_the_exponents(tmp_path, capsys) -> None:
+    file = tmp_path / "run.json"
+    sizes = ["--scaling", "--least", "64", "--most", "256", "--no-memory", "--threads", "1"]
+    flags = ["--providers", "fastcl", "--repeats", "3", "--seconds", "0.05", "--json", str(file)]
+    assert main(["negative_cosine", *sizes, *flags]) == 0
+    run = json.loads(file.read_text())
+    assert [r["sizes"]["N"] for r in run["results"]] == [64, 128, 256]
+    (fit,) = run["fits"]
+    points = [(r["sizes"]["N"], r["seconds"]["median"]) for r in run["results"]]
+    assert fit["seconds"] == pytest.approx(scaling.exponent(points))
+    printed = capsys.readouterr().out
+    assert "negative_cosine: growth with N" in printed and "64 to 256" in printed
+    assert f"{fit['seconds']:.2f}" in printed
+
+
+# ---- a CUDA device, as far as it goes without one ------------------------------------------------
+
+
+def test_on_a_gpu_triton_times_the_call(monkeypatch) -> None:
+    testing = pytest.importorskip("triton.testing")
+    calls: list[str] = []
+
+    def do_bench(step, *, warmup, rep, return_mode):  # milliseconds
+        step()
+        assert return_mode == "median" and warmup > 0 and rep > 0
+        return 2.5
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    assert machine.seconds(lambda: calls.append("a"), 7, "cuda:0") == 2.5e-3
+    assert calls == ["a"]
+    assert machine.best_rate(lambda: None, 5e9, "cuda") == 5e9 / 2.5e-3
+    runner = Runner({"provider": "fastcl"}, dict, slow=False)
+    settings = dataclasses.replace(ONE, device="cuda", seconds=1)
+    assert measure.take_turns([runner], settings) == [[2.5e-3] * 3]
+
+
+GPU_PEERS = [(w.name, p) for w in WORKLOADS.values() for p in w.peers if w.peers[p].device]
+
+
+def test_gpu_peers_are_no_rows_of_a_cpu() -> None:
+    assert {peer for _, peer in GPU_PEERS} == {"memeff", "inf-cl", "siglip-kernel", "liger-kernel"}
+    for name, peer in GPU_PEERS:
+        assert peer not in providers_of(WORKLOADS[name], "cpu")
+        assert peer in providers_of(WORKLOADS[name], "cuda:1")
+
+
+@pytest.mark.parametrize(("name", "peer"), GPU_PEERS)
+def test_gpu_peers_are_called_by_their_documentation(name: str, peer: str, monkeypatch) -> None:
+    """Their documented functions in plain PyTorch stand in for them: what we pass must be right."""
+
+    def pair(x):
+        return torch.arange(len(x))
+
+    class CLIP:  # memeff: normalises; stable=True would rescale the gradients
+        def __init__(self, temperature, normalized_inputs=False, stable=True):
+            assert not stable and not normalized_inputs
+            self.temperature = temperature
+
+        def __call__(self, x, y):
+            s = normalize(x, dim=1) @ normalize(y, dim=1).T / self.temperature
+            return (cross_entropy(s, pair(s)) + cross_entropy(s.T, pair(s))) / 2
+
+    def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):  # a loss for each row
+        assert q.shape[1] % head_dim == 0
+        return cross_entropy(scale * q @ k.T, pair(q), reduction="none")
+
+    def fused_siglip_loss(img, txt, log_temperature, bias):  # normalised features
+        s = log_temperature.exp() * img @ txt.T + bias
+        return -logsigmoid((2 * torch.eye(len(s)) - 1) * s).sum() / len(s)
+
+    class Linear:  # liger: cross entropy of input @ weight.T
+        def __call__(self, lin_weight, _input, target):
+            return cross_entropy(_input @ lin_weight.T, target)
+
+    fakes = {
+        "memeff": {"MemoryEfficientCLIPLoss": CLIP},
+        "inf_cl": {"cal_flash_loss": cal_flash_loss},
+        "siglip_kernel": {"fused_siglip_loss": fused_siglip_loss},
+        "liger_kernel": {},
+        "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": Linear},
+    }
+    for module, names in fakes.items():
+        fake = types.ModuleType(module)
+        fake.__dict__.update(names)
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(machine, "version", lambda p: "1")
+    workload, sizes = WORKLOADS[name], tiny(name)
+    result = measure.begin(workload, sizes, peer, ONE)
+    assert measure.checked(workload, sizes, result, measure.make_inputs(workload, sizes, ONE), ONE)
+    assert result["errors"].keys() >= {"value", "image", "text"}
 
 
 # ---- what is counted -----------------------------------------------------------------------------
@@ -142,13 +330,25 @@ def test_providers_take_turns_and_slow_ones_sit_out(monkeypatch) -> None:
             time.sleep(seconds)
             return {}
 
-        return ({"provider": name}, run)
+        return Runner({"provider": name}, run, slow=False)
 
     settings = dataclasses.replace(ONE, repeats=5, seconds=0.08)
     samples = measure.take_turns([step("a", 0.006), step("b", 0.05)], settings)
     assert calls == ["a", "b", *"ab", *"ba", *"ab", *"aa"]
     assert [len(s) for s in samples] == [5, 3]
     assert min(samples[0]) >= 0.006
+
+
+def test_a_call_that_takes_all_the_seconds_is_made_once() -> None:
+    calls: list[str] = []
+
+    def step(name: str, slow: bool) -> Runner:
+        return Runner({"provider": name}, lambda: calls.append(name) or time.sleep(0.02), slow)
+
+    settings = dataclasses.replace(ONE, repeats=5, seconds=0.01)
+    samples = measure.take_turns([step("known", True), step("found", False)], settings)
+    assert calls == ["found", "known", "found"]  # the second to find out
+    assert [len(s) for s in samples] == [1, 1]
 
 
 def test_memory_is_the_peak_of_one_call_in_a_process_of_its_own() -> None:
@@ -175,10 +375,73 @@ def test_registers_bound_the_multiply_adds() -> None:
 @pytest.mark.parametrize("arguments", [["nt_xnt"], ["clip", "--providers", "torch,lightli"]])
 def test_a_typo_gives_one_line_with_the_list(arguments, capsys) -> None:
     assert main(arguments) == 2
+    line = one_line(capsys)
+    assert ", ".join(WORKLOADS if "nt_xnt" in arguments else PROVIDERS) in line
+    assert f"did you mean {'nt_xent' if 'nt_xnt' in arguments else 'lightly'}?" in line
+
+
+def one_line(capsys) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
-    assert ", ".join(WORKLOADS if "nt_xnt" in arguments else PROVIDERS) in line
+    assert line.startswith("python -m bench: ")
+    return line
+
+
+def test_what_cannot_be_done_is_one_line_and_status_2(tmp_path, capsys) -> None:
+    broken, other = tmp_path / "broken.json", tmp_path / "other.json"
+    broken.write_text('{"results": [')
+    result = {"workload": "nt_xent", "provider": "a peer of the future"}
+    other.write_text(json.dumps({"results": [result]}))
+    cases = {
+        ("--from", str(tmp_path / "none.json")): "No such file",
+        ("--from", str(broken)): "is no file that --json has written",
+        ("--from", str(other)): "another version",
+        ("clip", "--providers", "lightly"): "nothing to measure",
+        ("clip", "--providers", "memeff"): "nothing to measure",
+        ("clip", "--device", "cuda:7"): "no CUDA device",
+        ("clip", "--device", "tpu"): "cpu, cuda",
+        ("clip", "--seconds", "0"): "above 0",
+        ("clip", "--scaling", "--least", "64", "--most", "32"): "--most 32",
+        ("clip", "--json", str(tmp_path)): "is a folder",
+        ("clip", "--plots", str(broken)): "is a file",
+    }
+    if torch.cuda.is_available():
+        del cases["clip", "--providers", "memeff"], cases["clip", "--device", "cuda:7"]
+    for arguments, expected in cases.items():
+        assert main(list(arguments)) == 2, arguments
+        assert expected in one_line(capsys), arguments
+
+
+def test_help_describes_every_subcommand(capsys) -> None:
+    from bench.__main__ import SUBCOMMANDS
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"{name:<12}{what}" in shown for name, (_, what) in SUBCOMMANDS.items())
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path) -> None:
+    file = tmp_path / "run.json"
+    command = [sys.executable, "-m", "bench", "queue_push", "nt_xent", "--providers", "fastcl"]
+    command += ["--no-memory", "--threads", "1", "--json", str(file)]
+    process = subprocess.Popen(
+        [*command, "--seconds", "1"], cwd=Path(__file__).parent.parent, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:  # queue_push is done
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "stopped" in err
+    assert "queue_push" in out and "spread: " in out
+    assert [r["workload"] for r in json.loads(file.read_text())["results"]] == ["queue_push"]
 
 
 def test_list_names_every_workload(capsys) -> None:

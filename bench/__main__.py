@@ -33,7 +33,8 @@ from bench.workloads import PROVIDERS, WORKLOADS, Sizes, Workload, providers_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Name -> module with main(arguments), and what --help says. Each has a --help of its own.
-SUBCOMMANDS: dict[str, tuple[str, str]] = {
+SUBCOMMANDS = {
+    "gpu-static": ("bench.gpu_static", "what bounds each Triton kernel's loop, without a GPU"),
 }
 
 
@@ -86,10 +87,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["gpu-static"]:
-        from bench import gpu_static
-
-        return gpu_static.main(arguments[1:])
     if arguments and arguments[0] in SUBCOMMANDS:
         module, _ = SUBCOMMANDS[arguments[0]]
         return importlib.import_module(module).main(arguments[1:])

@@ -111,7 +111,7 @@ def bounds_kernel(
     tl.store(BOUNDS + 3, half_shift(weight_k, largest_q))
 
 
-@triton.jit(do_not_specialize=["NY", "padded"])
+@triton.jit(do_not_specialize=["NY", "padded", "side"])
 def fold_kernel(
     LSE, GRAD, FACTOR, BOUNDS,
     # (NY padded,) out: other_j, h_j r_j 2^shift, and that times 2^(top − other_j)
@@ -132,7 +132,7 @@ def fold_kernel(
     tl.store(WEIGHT + j, weight, mask=j < padded)
 
 
-@triton.jit(do_not_specialize=["NX", "NY", "splits", "chunk"])
+@triton.jit(do_not_specialize=["NX", "NY", "splits", "chunk", "side"])
 def gradient_kernel(
     X, Y, SCALE, X_FACTOR, Y_FACTOR, X_IDS, Y_IDS,
     OWN_LSE, OWN_GRAD,  # (NX,) own_i and g_i, if OWN

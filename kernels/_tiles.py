@@ -43,14 +43,14 @@ def load_tile(X, start, N, D, d, BLOCK: tl.constexpr, EVEN_D: tl.constexpr):
 def products(
     X, Y, x_start, y_start, NX, NY, D,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> for a (BLOCK_X, BLOCK_Y) tile, D in steps of BLOCK_D."""
+    """<x_i, y_j> for a (BLOCK_X, BLOCK_Y) tile, D in steps of BLOCK_D, which divides it."""
     s = tl.zeros([BLOCK_X, BLOCK_Y], tl.float32)
     for start_d in tl.range(0, D, BLOCK_D):
         d = start_d + tl.arange(0, BLOCK_D)
-        x = load_tile(X, x_start, NX, D, d, BLOCK_X, EVEN_D)
-        y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, EVEN_D)
+        x = load_tile(X, x_start, NX, D, d, BLOCK_X, True)
+        y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, True)
         s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION)
     return s
 
@@ -90,6 +90,21 @@ def _factors_kernel(X, FACTOR, N, D, padded, BLOCK: tl.constexpr, BLOCK_D: tl.co
     factor = tl.where(square > 0.0, 1.0 / tl.maximum(tl.sqrt(square), NORM_CLAMP), 1.0)
     i = start + tl.arange(0, BLOCK)
     tl.store(FACTOR + i, factor, mask=i < padded)
+
+
+def in_whole_blocks(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """x (N, D) with D made a multiple by columns of zeros, and on a 128-bit boundary.
+
+    Zeros change no product and no norm. A copy of what is not so already costs O(N D), once; a mask
+    for columns in the loop, and loads of single elements, cost more, and registers that spill.
+    """
+    n, d = x.shape
+    wide_d = triton.cdiv(d, multiple) * multiple
+    if wide_d == d and x.data_ptr() % 16 == 0:
+        return x
+    wide_x = x.new_zeros(n, wide_d)
+    wide_x[:, :d] = x
+    return wide_x
 
 
 def row_factors(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,10 @@ of two that brings the largest possible weight to 2^14: the smallest that is sti
 2^−28 of it.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +31,7 @@ from fastcl.kernels._tiles import (
     PADDING,
     finite,
     in_groups,
+    in_whole_blocks,
     load_tile,
     magnitude_and_sign,
     products,
@@ -144,7 +149,7 @@ def gradient_kernel(
     NX, NY, D, splits, chunk, side,
     OWN: tl.constexpr, OTHER: tl.constexpr, SELF: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, USE_BOUNDS: tl.constexpr, FUSED: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """u for one block of x, one part of y, and BLOCK_V of the D features.
@@ -180,7 +185,7 @@ def gradient_kernel(
     d = tl.arange(0, BLOCK_D)
     v = v_start + tl.arange(0, BLOCK_V)
     if WHOLE_D:
-        x = load_tile(X, start, NX, D, d, BLOCK_X, EVEN_D)
+        x = load_tile(X, start, NX, D, d, BLOCK_X, True)
         x = tl.where(sign < 0, -x, x)
 
     u = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
@@ -190,16 +195,16 @@ def gradient_kernel(
         y_start = tile * BLOCK_Y
         j = y_start + tl.arange(0, BLOCK_Y)
         if WHOLE_D:
-            y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, EVEN_D)
+            y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, True)
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
             if BLOCK_V != BLOCK_D:
-                y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, EVEN_D)
+                y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, True)
         else:
             s = sign * products(
                 X, Y, start, y_start, NX, NY, D,
-                BLOCK_X, BLOCK_Y, BLOCK_D, EVEN_D, PRECISION,
+                BLOCK_X, BLOCK_Y, BLOCK_D, PRECISION,
             )  # fmt: skip
-            y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, EVEN_D)
+            y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, True)
         if NORMALIZE:
             r = tl.load(Y_FACTOR + j)
             s *= r[None, :]
@@ -237,7 +242,7 @@ def gradient_kernel(
     else:
         u *= tl.exp2(0.0 - shift)
     if FUSED:
-        x = load_tile(X, start, NX, D, v, BLOCK_X, EVEN_D).to(tl.float32)
+        x = load_tile(X, start, NX, D, v, BLOCK_X, True).to(tl.float32)
         dx, dot = through_normalisation(
             x, u, tl.sum(x * x, axis=1), tl.sum(x * u, axis=1), SCALE, NORMALIZE
         )
@@ -301,7 +306,7 @@ def mean_kernel(
     MEAN_PART,  # (splits, N, D) out: the mean of that part
     N, M, D, splits, chunk,
     NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, USE_BOUNDS: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against a part of the keys: attention whose values are its keys."""
@@ -324,7 +329,7 @@ def mean_kernel(
     d = tl.arange(0, BLOCK_D)
     v = v_start + tl.arange(0, BLOCK_V)
     if WHOLE_D:
-        q = load_tile(Q, start, N, D, d, BLOCK_X, EVEN_D)
+        q = load_tile(Q, start, N, D, d, BLOCK_X, True)
         q = tl.where(sign < 0, -q, q)
 
     m = tl.zeros([BLOCK_X], tl.float32) + tl.where(bounded, bound, float("-inf"))
@@ -336,16 +341,16 @@ def mean_kernel(
         k_start = tile * BLOCK_Y
         j = k_start + tl.arange(0, BLOCK_Y)
         if WHOLE_D:
-            k = load_tile(K, k_start, M, D, d, BLOCK_Y, EVEN_D)
+            k = load_tile(K, k_start, M, D, d, BLOCK_Y, True)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
             if BLOCK_V != BLOCK_D:
-                k = load_tile(K, k_start, M, D, v, BLOCK_Y, EVEN_D)
+                k = load_tile(K, k_start, M, D, v, BLOCK_Y, True)
         else:
             s = sign * products(
                 Q, K, start, k_start, N, M, D,
-                BLOCK_X, BLOCK_Y, BLOCK_D, EVEN_D, PRECISION,
+                BLOCK_X, BLOCK_Y, BLOCK_D, PRECISION,
             )  # fmt: skip
-            k = load_tile(K, k_start, M, D, v, BLOCK_Y, EVEN_D)
+            k = load_tile(K, k_start, M, D, v, BLOCK_Y, True)
         if NORMALIZE:
             r = tl.load(K_FACTOR + j)
             s *= r[None, :]
@@ -413,6 +418,21 @@ def splits_of(x: torch.Tensor, blocks: int, tiles: int) -> tuple[int, int]:
     return triton.cdiv(tiles, chunk), chunk
 
 
+def sum_options(
+    kernel: str, *operands: torch.Tensor, ids: bool = False
+) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """The launch options of a kernel that sums weighted rows, and the operands (·, D) as it needs
+    them."""
+    x = operands[0]
+    d = x.shape[1]
+    row: dict[str, Any] = configs.pick(kernel, x, d, ids=ids)
+    for block in ("BLOCK_D", "BLOCK_V"):
+        row[block] = configs.block_of(d, row[block])
+    multiple = max(row["BLOCK_D"], row["BLOCK_V"])
+    row.update(WHOLE_D=d <= row["BLOCK_D"], PRECISION=configs.input_precision(x))
+    return row, [in_whole_blocks(operand, multiple) for operand in operands]
+
+
 def _combine_blocks(d: int) -> dict[str, int]:
     block_d = max(16, min(triton.next_power_of_2(d), 128))
     return dict(BLOCK=max(2048 // block_d, 16), BLOCK_D=block_d, num_warps=4)
@@ -460,6 +480,8 @@ def gradient(
     own, other: (lse, its gradient) of x's rows and of y's, or None. side: 0 when x is the query,
     1 when it is the key; it says which of the bounds' shifts is meant.
     """
+    features_asked = x.shape[1]
+    row, (x, y) = sum_options("similarity_gradient", x, y, ids=x_ids is not None)
     (nx, d), ny = x.shape, y.shape[0]
     device = x.device
     normalize = x_factor is not None
@@ -471,9 +493,6 @@ def gradient(
             *other, y_factor, bounds, offset, weight, folded, ny, padded, side,
             NORMALIZE=normalize, USE_BOUNDS=bounds is not None, BLOCK=512, num_warps=4,
         )  # fmt: skip
-    row = configs.pick("similarity_gradient", x, d, ids=x_ids is not None)
-    row["BLOCK_D"] = configs.block_of(d, row["BLOCK_D"])
-    row["BLOCK_V"] = configs.block_of(d, row["BLOCK_V"])
     features = triton.cdiv(d, row["BLOCK_V"])
     blocks = triton.cdiv(nx, row["BLOCK_X"])
     tiles = triton.cdiv(ny, row["BLOCK_Y"])
@@ -489,16 +508,14 @@ def gradient(
         nx, ny, d, splits, chunk, side,
         OWN=own is not None, OTHER=other is not None, SELF=is_self,
         NORMALIZE=normalize, HAS_IDS=x_ids is not None, USE_BOUNDS=bounds is not None,
-        FUSED=fused, WHOLE_D=d <= row["BLOCK_D"],
-        EVEN_D=d % row["BLOCK_D"] == 0 and d % row["BLOCK_V"] == 0,
-        PRECISION=configs.input_precision(x), **row,
+        FUSED=fused, **row,
     )  # fmt: skip
     if part is not None:
         options = _combine_blocks(d)
         combine_gradient_kernel[(triton.cdiv(nx, options["BLOCK"]),)](
             x, part, scale, dx, dot, nx, d, splits, NORMALIZE=normalize, **options
         )
-    return dx, dot
+    return dx[:, :features_asked].contiguous(), dot
 
 
 def mean(
@@ -511,13 +528,12 @@ def mean(
     key_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows' log-sum-exp (N,) and Σ_j p_ij k̂_j (N, D), both float32."""
+    features_asked = query.shape[1]
+    row, (query, key) = sum_options("similarity_mean", query, key, ids=query_ids is not None)
     (n, d), m = query.shape, key.shape[0]
     device = query.device
     normalize = query_factor is not None
     bounds = weights_bounds(None, None, query, key, query_factor, key_factor)
-    row = configs.pick("similarity_mean", query, d, ids=query_ids is not None)
-    row["BLOCK_D"] = configs.block_of(d, row["BLOCK_D"])
-    row["BLOCK_V"] = configs.block_of(d, row["BLOCK_V"])
     features = triton.cdiv(d, row["BLOCK_V"])
     blocks = triton.cdiv(n, row["BLOCK_X"])
     tiles = triton.cdiv(m, row["BLOCK_Y"])
@@ -528,9 +544,7 @@ def mean(
         query, key, scale, query_factor, key_factor, query_ids, key_ids, bounds,
         lse_part, mean_part, n, m, d, splits, chunk,
         NORMALIZE=normalize, HAS_IDS=query_ids is not None, USE_BOUNDS=bounds is not None,
-        WHOLE_D=d <= row["BLOCK_D"],
-        EVEN_D=d % row["BLOCK_D"] == 0 and d % row["BLOCK_V"] == 0,
-        PRECISION=configs.input_precision(query), **row,
+        **row,
     )  # fmt: skip
     lse = torch.empty(n, dtype=torch.float32, device=device)
     means = torch.empty(n, d, dtype=torch.float32, device=device)
@@ -538,4 +552,4 @@ def mean(
     combine_means_kernel[(triton.cdiv(n, options["BLOCK"]),)](
         lse_part, mean_part, lse, means, n, d, splits, **options
     )
-    return lse, means
+    return lse, means[:, :features_asked].contiguous()

@@ -42,9 +42,9 @@ from fastcl.kernels._tiles import (
     row_factors,
     wide,
 )
-from fastcl.kernels._weighted_sums import splits_of, weights_bounds
-from fastcl.kernels.pair_sigmoid import combine, log1p_of, sum_options
-from fastcl.kernels.similarity_lse import chunk_of, options_of
+from fastcl.kernels._weighted_sums import splits_of, sum_options, weights_bounds
+from fastcl.kernels.pair_sigmoid import combine, log1p_of
+from fastcl.kernels.similarity_lse import chunk_of, options_of, whole_blocks
 
 # A row's largest entry is large where the others' share is below this.
 LARGE_SHARE = tl.constexpr(0.49)
@@ -92,7 +92,7 @@ def shares_kernel(
     OWN,  # (2N,) out: the partner's score, log₂
     log2_m, rows, D, chunks, chunk,
     NORMALIZE: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """First pass. One block of rows against `chunk` tiles of columns."""
@@ -105,7 +105,7 @@ def shares_kernel(
         f *= tl.load(FACTOR + i)
     d = tl.arange(0, BLOCK_D)
     if WHOLE_D:
-        z = load_tile(Z, start, rows, D, d, BLOCK_N, EVEN_D)
+        z = load_tile(Z, start, rows, D, d, BLOCK_N, True)
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     rest = tl.zeros([BLOCK_N], tl.float32)
     first = c * chunk
@@ -113,12 +113,12 @@ def shares_kernel(
         y_start = tile * BLOCK_M
         j = y_start + tl.arange(0, BLOCK_M)
         if WHOLE_D:
-            y = load_tile(Z, y_start, rows, D, d, BLOCK_M, EVEN_D)
+            y = load_tile(Z, y_start, rows, D, d, BLOCK_M, True)
             s = tl.dot(z, tl.trans(y), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         else:
             s = products(
                 Z, Z, start, y_start, rows, rows, D,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
             )  # fmt: skip
         r = f
         if NORMALIZE:
@@ -184,7 +184,7 @@ def loss_kernel(
     PART,  # (3, chunks, 2N) out: Σ log(1 − p/m), Σ R, and the large R, over a chunk of columns
     log2_m, weight, rows, D, chunks, chunk,
     NORMALIZE: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Second pass. One block of rows against `chunk` tiles of columns; weight is m."""
@@ -201,7 +201,7 @@ def loss_kernel(
     large_rest = tl.log2((o + (weight - 1.0)) / weight) * LN2
     d = tl.arange(0, BLOCK_D)
     if WHOLE_D:
-        z = load_tile(Z, start, rows, D, d, BLOCK_N, EVEN_D)
+        z = load_tile(Z, start, rows, D, d, BLOCK_N, True)
     log_rest = tl.zeros([BLOCK_N], tl.float32)
     small = tl.zeros([BLOCK_N], tl.float32)
     large = tl.zeros([BLOCK_N], tl.float32)
@@ -210,12 +210,12 @@ def loss_kernel(
         y_start = tile * BLOCK_M
         j = y_start + tl.arange(0, BLOCK_M)
         if WHOLE_D:
-            y = load_tile(Z, y_start, rows, D, d, BLOCK_M, EVEN_D)
+            y = load_tile(Z, y_start, rows, D, d, BLOCK_M, True)
             s = tl.dot(z, tl.trans(y), input_precision=PRECISION)
         else:
             s = products(
                 Z, Z, start, y_start, rows, rows, D,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
             )  # fmt: skip
         r = f
         if NORMALIZE:
@@ -284,7 +284,7 @@ def gradient_kernel(
     log2_m, weight, rows, D, splits, chunk,
     OTHER: tl.constexpr,  # whether columns carry a gradient
     NORMALIZE: tl.constexpr, USE_BOUNDS: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """u_r = Σ_c (g_r G_rc + g_c G_cr) ẑ_c for one block of rows, one part of the columns, and
@@ -310,23 +310,23 @@ def gradient_kernel(
     d = tl.arange(0, BLOCK_D)
     v = v_start + tl.arange(0, BLOCK_V)
     if WHOLE_D:
-        z = load_tile(Z, start, rows, D, d, BLOCK_X, EVEN_D)
+        z = load_tile(Z, start, rows, D, d, BLOCK_X, True)
     u = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
     first = split * chunk
     for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(rows, BLOCK_Y))):
         y_start = tile * BLOCK_Y
         j = y_start + tl.arange(0, BLOCK_Y)
         if WHOLE_D:
-            y = load_tile(Z, y_start, rows, D, d, BLOCK_Y, EVEN_D)
+            y = load_tile(Z, y_start, rows, D, d, BLOCK_Y, True)
             s = tl.dot(z, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
             if BLOCK_V != BLOCK_D:
-                y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, EVEN_D)
+                y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, True)
         else:
             s = products(
                 Z, Z, start, y_start, rows, rows, D,
-                BLOCK_X, BLOCK_Y, BLOCK_D, EVEN_D, PRECISION,
+                BLOCK_X, BLOCK_Y, BLOCK_D, PRECISION,
             )  # fmt: skip
-            y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, EVEN_D)
+            y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, True)
         r = f
         if NORMALIZE:
             r = tl.load(FACTOR + j)
@@ -364,6 +364,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """z (2N, D), scale () -> loss, log D, o, and B in two parts, each (2N,) float32."""
     configs.assert_supported(z)
+    kernels = "instance_spread_shares", "instance_spread_loss"
+    (z,) = whole_blocks(z, kernels=kernels, ids=False)
     rows, d = z.shape
     new = dict(dtype=torch.float32, device=z.device)
     loss, log_d, o, b_small, b_large, own, own_loss = (torch.empty(rows, **new) for _ in range(7))
@@ -413,10 +415,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad (2N,) -> grad_z (2N, D) and grad_scale (); with detach_columns only rows carry one."""
     configs.assert_supported(z)
-    rows, d = z.shape
+    rows, asked = z.shape
     if rows == 0:
         return torch.empty_like(z), torch.zeros((), dtype=torch.float32, device=z.device)
-    options = sum_options("instance_spread_gradient", z)
+    options, (z,) = sum_options("instance_spread_gradient", z)
+    d = z.shape[1]
     features = triton.cdiv(d, options["BLOCK_V"])
     blocks = triton.cdiv(rows, options["BLOCK_X"])
     splits, chunk = splits_of(z, blocks * features, triton.cdiv(rows, options["BLOCK_Y"]))
@@ -430,6 +433,6 @@ def backward(
             math.log2(negative_weight), float(negative_weight), rows, d, splits, chunk,
             OTHER=not detach_columns, NORMALIZE=normalize, USE_BOUNDS=bounds is not None, **options,
         )  # fmt: skip
-        grad_z, dot = combine(z, part, scale, normalize)
+        grad_z, dot = combine(z, part, scale, normalize, asked)
     # S is symmetric: with both directions each G has counted twice.
     return grad_z, dot.sum() if detach_columns else dot.sum() / 2

@@ -22,8 +22,13 @@ import triton.language as tl
 
 from fastcl.kernels import configs
 from fastcl.kernels._tiles import LN2, LOG2E, in_groups, load_tile, products, row_factors, wide
-from fastcl.kernels._weighted_sums import combine_gradient_kernel, splits_of, weights_bounds
-from fastcl.kernels.similarity_lse import chunk_of, options_of
+from fastcl.kernels._weighted_sums import (
+    combine_gradient_kernel,
+    splits_of,
+    sum_options,
+    weights_bounds,
+)
+from fastcl.kernels.similarity_lse import chunk_of, options_of, whole_blocks
 
 
 @triton.jit
@@ -58,7 +63,7 @@ def loss_kernel(
     PART,  # (chunks, N) out: Σ_j softplus(a_ij) over a chunk of columns
     N, M, D, chunks, chunk,
     NORMALIZE: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against `chunk` tiles of columns."""
@@ -71,19 +76,17 @@ def loss_kernel(
         f *= tl.load(X_FACTOR + i)
     d = tl.arange(0, BLOCK_D)
     if WHOLE_D:
-        x = load_tile(X, start, N, D, d, BLOCK_N, EVEN_D)
+        x = load_tile(X, start, N, D, d, BLOCK_N, True)
     loss = tl.zeros([BLOCK_N], tl.float32)
     first = c * chunk
     for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(M, BLOCK_M))):
         y_start = tile * BLOCK_M
         j = y_start + tl.arange(0, BLOCK_M)
         if WHOLE_D:
-            y = load_tile(Y, y_start, M, D, d, BLOCK_M, EVEN_D)
+            y = load_tile(Y, y_start, M, D, d, BLOCK_M, True)
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         else:
-            s = products(
-                X, Y, start, y_start, N, M, D, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION
-            )
+            s = products(X, Y, start, y_start, N, M, D, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION)
         r = f
         if NORMALIZE:
             r = tl.load(Y_FACTOR + j)
@@ -103,7 +106,7 @@ def gradient_kernel(
     SUM_PART,  # (splits, NX) out: Σ_j W_ij, if OWN
     NX, NY, D, splits, chunk, side,
     OWN: tl.constexpr, NORMALIZE: tl.constexpr, USE_BOUNDS: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """u for one block of x, one part of y, and BLOCK_V of the D features.
@@ -127,7 +130,7 @@ def gradient_kernel(
     d = tl.arange(0, BLOCK_D)
     v = v_start + tl.arange(0, BLOCK_V)
     if WHOLE_D:
-        x = load_tile(X, start, NX, D, d, BLOCK_X, EVEN_D)
+        x = load_tile(X, start, NX, D, d, BLOCK_X, True)
     u = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
     sums = tl.zeros([BLOCK_X], tl.float32)
     first = split * chunk
@@ -135,15 +138,13 @@ def gradient_kernel(
         y_start = tile * BLOCK_Y
         j = y_start + tl.arange(0, BLOCK_Y)
         if WHOLE_D:
-            y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, EVEN_D)
+            y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, True)
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
             if BLOCK_V != BLOCK_D:
-                y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, EVEN_D)
+                y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, True)
         else:
-            s = products(
-                X, Y, start, y_start, NX, NY, D, BLOCK_X, BLOCK_Y, BLOCK_D, EVEN_D, PRECISION
-            )
-            y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, EVEN_D)
+            s = products(X, Y, start, y_start, NX, NY, D, BLOCK_X, BLOCK_Y, BLOCK_D, PRECISION)
+            y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, True)
         r = f
         if NORMALIZE:
             r = tl.load(Y_FACTOR + j)
@@ -175,24 +176,13 @@ def _factors(x: torch.Tensor, y: torch.Tensor, normalize: bool):  # type: ignore
     return (row_factors(x), row_factors(y)) if normalize else (None, None)
 
 
-def sum_options(kernel: str, x: torch.Tensor) -> dict[str, int]:
-    """The launch options of a kernel that sums weighted rows, for operands like x (N, D)."""
-    d = x.shape[1]
-    row = configs.pick(kernel, x, d)
-    row["BLOCK_D"] = configs.block_of(d, row["BLOCK_D"])
-    row["BLOCK_V"] = configs.block_of(d, row["BLOCK_V"])
-    return dict(
-        row,
-        WHOLE_D=d <= row["BLOCK_D"],
-        EVEN_D=d % row["BLOCK_D"] == 0 and d % row["BLOCK_V"] == 0,
-        PRECISION=configs.input_precision(x),
-    )
-
-
 def combine(
-    x: torch.Tensor, part: torch.Tensor, scale: torch.Tensor, normalize: bool
+    x: torch.Tensor, part: torch.Tensor, scale: torch.Tensor, normalize: bool, asked: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """part (splits, N, D) of u -> dx (N, D) in x's dtype, and <x̂_i, u_i> (N,)."""
+    """part (splits, N, D) of u -> dx (N, asked) in x's dtype, and <x̂_i, u_i> (N,).
+
+    asked: the features of dx; beyond them x has columns of zeros.
+    """
     (n, d), splits = x.shape, part.shape[0]
     dx = torch.empty_like(x)
     dot = torch.empty(n, dtype=torch.float32, device=x.device)
@@ -202,7 +192,7 @@ def combine(
         x, part, scale, dx, dot, n, d, splits,
         NORMALIZE=normalize, BLOCK=block, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
-    return dx, dot
+    return dx[:, :asked].contiguous(), dot
 
 
 def forward(
@@ -216,9 +206,12 @@ def forward(
     """image (N, D), text (N, D), scale (), bias () -> loss (N,) float32."""
     configs.assert_supported(image, text)
     assert image.shape == text.shape and image.dtype == text.dtype
-    n, d = image.shape
+    n = image.shape[0]
     if n == 0:
         return torch.empty(0, dtype=torch.float32, device=image.device)
+    kernels = ("pair_sigmoid_loss",)
+    image, text = whole_blocks(image, text, kernels=kernels, ids=False)
+    d = image.shape[1]
     options = options_of("pair_sigmoid_loss", image, ids=False)
     blocks = triton.cdiv(n, options["BLOCK_N"])
     chunks, chunk = chunk_of(image, blocks, triton.cdiv(n, options["BLOCK_M"]))
@@ -243,11 +236,12 @@ def backward(
     """grad (N,) -> grad_image (N, D), grad_text (N, D), grad_scale (), grad_bias ()."""
     configs.assert_supported(image, text)
     assert image.shape == text.shape and image.dtype == text.dtype
-    n, d = image.shape
+    n, asked = image.shape
     if n == 0:
         zero = torch.zeros((), dtype=torch.float32, device=image.device)
         return torch.empty_like(image), torch.empty_like(text), zero, zero.clone()
-    options = sum_options("pair_sigmoid_gradient", image)
+    options, (image, text) = sum_options("pair_sigmoid_gradient", image, text)
+    d = image.shape[1]
     features = triton.cdiv(d, options["BLOCK_V"])
     blocks = triton.cdiv(n, options["BLOCK_X"])
     splits, chunk = splits_of(image, blocks * features, triton.cdiv(n, options["BLOCK_Y"]))
@@ -265,7 +259,7 @@ def backward(
                 grad, bounds, part, sum_part, n, n, d, splits, chunk, side,
                 OWN=side == 0, NORMALIZE=normalize, USE_BOUNDS=bounds is not None, **options,
             )  # fmt: skip
-            dx, dot = combine(x, part, scale, normalize)
+            dx, dot = combine(x, part, scale, normalize, asked)
             grads.append(dx)
             dots.append(dot)
     return *grads, dots[0].sum(), sum_part.sum()

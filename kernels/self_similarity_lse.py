@@ -28,6 +28,8 @@ def forward(
 ) -> torch.Tensor:
     """z (N, D), scale (), ids (N,) | None -> lse (N,) float32."""
     configs.assert_supported(z)
+    kernels = "similarity_pairs", "similarity_diagonal"
+    (z,) = similarity_lse.whole_blocks(z, kernels=kernels, ids=ids is not None)
     n, d = z.shape
     device = z.device
     factor = row_factors(z) if normalize else None

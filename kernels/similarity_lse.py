@@ -34,6 +34,7 @@ from fastcl.kernels._tiles import (
     LN2,
     finite,
     in_groups,
+    in_whole_blocks,
     load_tile,
     magnitude_and_sign,
     products,
@@ -60,7 +61,7 @@ def rows_kernel(
     PART,  # (chunks, N) out: log₂ Σ 2^s₂ over a chunk of columns
     N, M, D, chunks, chunk, first_tile,
     NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, SELF: tl.constexpr, TILE: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against `chunk` tiles of columns.
@@ -88,7 +89,7 @@ def rows_kernel(
         q_id = tl.load(Q_IDS + i, mask=i < N, other=0)
     d = tl.arange(0, BLOCK_D)
     if WHOLE_D:
-        q = load_tile(Q, start, N, D, d, BLOCK_N, EVEN_D)
+        q = load_tile(Q, start, N, D, d, BLOCK_N, True)
         q = tl.where(sign < 0, -q, q)
 
     m = tl.zeros([BLOCK_N], tl.float32) + tl.where(bounded, bound, float("-inf"))
@@ -96,12 +97,12 @@ def rows_kernel(
     for tile in tl.range(first, last):
         j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         if WHOLE_D:
-            k = load_tile(K, tile * BLOCK_M, M, D, d, BLOCK_M, EVEN_D)
+            k = load_tile(K, tile * BLOCK_M, M, D, d, BLOCK_M, True)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         else:
             s = sign * products(
                 Q, K, start, tile * BLOCK_M, N, M, D,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
             )  # fmt: skip
         if NORMALIZE:
             s *= tl.load(K_FACTOR + j)[None, :]
@@ -132,7 +133,7 @@ def pairs_kernel(
     COLUMN_PEAK,  # (chunks, all tiles) out: the largest s₂ among them
     N, M, D, chunks, chunk, first_tile, tiles,
     NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, SELF: tl.constexpr,
-    WHOLE_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns against `chunk` blocks of rows: each score counts in its row and column.
@@ -158,7 +159,7 @@ def pairs_kernel(
     if HAS_IDS:
         k_id = tl.load(K_IDS + j, mask=j < M, other=0)
     if WHOLE_D:
-        k = load_tile(K, tile * BLOCK_M, M, D, d, BLOCK_M, EVEN_D)
+        k = load_tile(K, tile * BLOCK_M, M, D, d, BLOCK_M, True)
         k = tl.where(sign < 0, -k, k)
 
     peak = tl.zeros([BLOCK_N], tl.float32) + tl.where(bounded, bound, float("-inf"))
@@ -167,12 +168,12 @@ def pairs_kernel(
         start = block * BLOCK_N
         i = start + tl.arange(0, BLOCK_N)
         if WHOLE_D:
-            q = load_tile(Q, start, N, D, d, BLOCK_N, EVEN_D)
+            q = load_tile(Q, start, N, D, d, BLOCK_N, True)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         else:
             s = sign * products(
                 Q, K, start, tile * BLOCK_M, N, M, D,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
             )  # fmt: skip
         f = tl.zeros([BLOCK_N], tl.float32) + bound
         if NORMALIZE:
@@ -231,7 +232,7 @@ def finish_kernel(
     NX, NY, D, parts, chunks, chunk, first_tile,
     RUNNING: tl.constexpr, FINAL: tl.constexpr,
     HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, SELF: tl.constexpr,
-    NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -285,7 +286,7 @@ def finish_kernel(
                     j = y_start + tl.arange(0, BLOCK_Y)
                     s = sign * products(
                         X, Y, start, y_start, NX, NY, D,
-                        BLOCK, BLOCK_Y, BLOCK_D, EVEN_D, PRECISION,
+                        BLOCK, BLOCK_Y, BLOCK_D, PRECISION,
                     )  # fmt: skip
                     if NORMALIZE:
                         s *= tl.load(Y_FACTOR + j)[None, :]
@@ -321,9 +322,22 @@ def options_of(kernel: str, x: torch.Tensor, ids: bool) -> dict[str, Any]:
     return dict(
         row,
         WHOLE_D=d <= block_d,
-        EVEN_D=d % block_d == 0,
         PRECISION=configs.input_precision(x),
     )
+
+
+def finish_block_d(x: torch.Tensor) -> int:
+    """Features that finish_kernel takes at a time."""
+    return configs.block_of(x.shape[1], 128 // x.element_size())
+
+
+def whole_blocks(
+    *operands: torch.Tensor, kernels: tuple[str, ...], ids: bool
+) -> tuple[torch.Tensor, ...]:
+    """The operands (·, D) as these kernels and finish_kernel need them."""
+    blocks = [options_of(kernel, operands[0], ids)["BLOCK_D"] for kernel in kernels]
+    multiple = max(*blocks, finish_block_d(operands[0]))
+    return tuple(in_whole_blocks(x, multiple) for x in operands)
 
 
 def finish(
@@ -349,7 +363,7 @@ def finish(
     """Launches finish_kernel: the final log-sum-exp of x's rows, or running_out where given."""
     nx, d = x.shape
     block = min(tile, 64)
-    block_d = configs.block_of(d, 128 // x.element_size())
+    block_d = finish_block_d(x)
     reached = nx
     if is_self and row_part is not None:
         reached = min(nx, (first_tile + row_part.shape[0]) * tile)
@@ -361,7 +375,7 @@ def finish(
         0 if column_part is None else column_part.shape[0],
         chunk, first_tile, RUNNING=running_in is not None, FINAL=running_out is None,
         HAS_ROWS=row_part is not None, HAS_COLUMNS=column_part is not None, SELF=is_self,
-        NORMALIZE=factors[0] is not None, HAS_IDS=ids[0] is not None, EVEN_D=d % block_d == 0,
+        NORMALIZE=factors[0] is not None, HAS_IDS=ids[0] is not None,
         PRECISION=configs.input_precision(x),
         TILE=tile, BLOCK=block, BLOCK_Y=block, BLOCK_D=block_d, PARTS=16,
         BLOCKS_PER_TILE=blocks_per_tile, num_warps=8, num_stages=1,
@@ -444,12 +458,15 @@ def forward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """query (N, D), key (M, D), scale () -> (row_lse (N,), column_lse (M,)), None if not asked."""
     configs.assert_supported(query, key)
+    assert rows or columns, "neither rows nor columns are asked for"
+    query, key = whole_blocks(
+        *(query, key), kernels=("similarity_rows", "similarity_pairs"), ids=query_ids is not None
+    )
     factors, ids = _factors(query, key, normalize), (query_ids, key_ids)
     if rows and columns:
         return _rows_and_columns(query, key, scale, factors, ids)
     if rows:
         return _rows(query, key, scale, factors, ids), None
-    assert columns, "neither rows nor columns are asked for"
     return None, _rows(key, query, scale, factors[::-1], ids[::-1])
 
 

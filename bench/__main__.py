@@ -14,13 +14,12 @@ measured.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,16 @@ import torch
 
 from bench import machine, report, scaling
 from bench.measure import Settings, limit_rates, measure, quiet, set_fractions
+from bench.usage import UsageError, unknown
 from bench.workloads import PROVIDERS, WORKLOADS, Sizes, Workload, providers_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Name -> module with main(arguments), and what --help says. Each has a --help of its own.
 SUBCOMMANDS = {
+    "methods": ("bench.methods", "train every method in turn: accuracy, time, memory"),
     "gpu-static": ("bench.gpu_static", "what bounds each Triton kernel's loop, without a GPU"),
 }
-
-
-class UsageError(Exception):
-    """The user asked for something that cannot be done; the message is one line for them."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,13 +164,6 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device}: torch sees no CUDA device here.")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"--device must be cpu, cuda or cuda:N; got {device!r}.")
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    return f"unknown {what} {name!r}{hint} {what.capitalize()}s: {', '.join(known)}"
 
 
 def load(path: Path) -> list[dict[str, Any]]:

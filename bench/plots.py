@@ -36,6 +36,18 @@ STYLE = {
     "siglip-kernel": ("#1b9e77", "p"),
     "liger-kernel": ("#e7298a", "d"),
 }
+plt.rcParams.update(
+    {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "savefig.dpi": 160,
+    }
+)
+
 assert STYLE.keys() == PROVIDERS.keys()
 
 RANK = {provider: i for i, provider in enumerate(STYLE)}
@@ -44,17 +56,6 @@ RANK = {provider: i for i, provider in enumerate(STYLE)}
 def draw(results: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Every picture that the results have data for. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "legend.frameon": False,
-            "savefig.dpi": 160,
-        }
-    )
     # Of a case that several files have, the last counts.
     results = list({(*report.key(r), r["provider"]): r for r in results}.values())
     paths = []
@@ -246,4 +247,76 @@ def fractions(results: list[dict[str, Any]]) -> Figure:
         for p in providers
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(providers), 5))
+    return figure
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+MARKS = {  # accuracy -> (marker, colour, label)
+    "untrained": ("o", "#999999", "kNN, untrained encoder"),
+    "trained": ("o", "#d55e00", "kNN, trained"),
+    "linear": ("D", "#0072b2", "linear probe"),
+}
+
+
+def methods(record: dict[str, Any]) -> Figure:
+    """`python -m bench methods`: what each method learned, and the time that it took."""
+    rows = record["rows"]
+    figure, (accuracy, time) = plt.subplots(
+        1, 2, figsize=(10, 1.9 + 0.42 * len(rows)), width_ratios=(2, 1), sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for y, row in enumerate(rows):
+        shares = {n: 100 * row[n] for n in MARKS if row.get(n) is not None}
+        if {"untrained", "trained"} <= shares.keys():
+            ends = [shares["untrained"], shares["trained"]]
+            accuracy.plot(ends, [y, y], color="#cccccc", linewidth=2.5, zorder=1)
+        for name, share in shares.items():
+            marker, colour, _ = MARKS[name]
+            accuracy.scatter(share, y, s=50, color=colour, marker=marker, ec="white", zorder=3)
+        if "trained" in shares:
+            accuracy.annotate(
+                f"{shares['trained']:.0f}", (shares["trained"], y), xytext=(0, 6),
+                textcoords="offset points", ha="center", fontsize=8.5, color="#d55e00",
+            )  # fmt: skip
+        if row["status"] == "failed":
+            accuracy.annotate(
+                "failed",
+                (0.02, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                color="#b00020",
+            )
+        if row.get("seconds") and row["status"] != "failed":
+            time.barh(y, row["seconds"], height=0.5, color="#bbbbbb")
+            about = f" {report.duration(row['seconds'])}"
+            if row.get("peak_bytes"):
+                about += f", {report.size(row['peak_bytes'])}"
+            time.annotate(about, (row["seconds"], y), va="center", fontsize=8.5)
+    for pixels in {row["raw_pixels"] for row in rows if row.get("raw_pixels") is not None}:
+        accuracy.axvline(
+            100 * pixels, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=0
+        )
+    accuracy.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    accuracy.set_ylim(len(rows) - 0.5, -0.7)
+    accuracy.set_xlim(-1, 103)
+    accuracy.set_xlabel("accuracy, %")
+    accuracy.set_title(f"What the encoder learned ({record['data']})")
+    time.set_title("Training: time, peak memory")
+    time.set_xlabel("seconds")
+    time.set_xlim(0, 1.75 * max([row.get("seconds") or 0 for row in rows] + [1e-3]))
+    for panel in (accuracy, time):
+        panel.grid(True, axis="x", color="#dddddd", linewidth=0.7)
+        panel.set_axisbelow(True)
+        panel.tick_params(axis="y", length=0)
+    handles = [
+        plt.Line2D([], [], color=c, marker=m, linestyle="", label=label)
+        for m, c, label in MARKS.values()
+    ]
+    handles.append(
+        plt.Line2D(
+            [], [], color="#444444", linewidth=1, linestyle=(0, (4, 3)), label="kNN, raw pixels"
+        )
+    )
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=9)
     return figure

@@ -273,7 +273,10 @@ def methods(record: dict[str, Any]) -> Figure:
             accuracy.plot(ends, [y, y], color="#cccccc", linewidth=2.5, zorder=1)
         for name, share in shares.items():
             marker, colour, _ = MARKS[name]
-            accuracy.scatter(share, y, s=50, color=colour, marker=marker, ec="white", zorder=3)
+            size, front = (66, 3) if name == "linear" else (46, 4)  # one may lie on the other
+            accuracy.scatter(
+                share, y, s=size, color=colour, marker=marker, ec="white", lw=0.6, zorder=front
+            )
         if "trained" in shares:
             accuracy.annotate(
                 f"{shares['trained']:.0f}", (shares["trained"], y), xytext=(0, 6),

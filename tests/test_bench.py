@@ -64,6 +64,21 @@ def test_every_installed_provider_agrees_with_the_float64_formula(name: str) -> 
         assert result["errors"].keys() >= {*workload.gradients, *workload.mutates}
 
 
+def test_every_operation_has_regressions_that_pass() -> None:
+    root = Path(__file__).parent.parent
+    files = {path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py")}
+    assert files == OPS.keys()
+    pytest.importorskip("pytest_benchmark")
+    flags = ["-k", "small", "--benchmark-disable", "-p", "no:cacheprovider"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", *flags], cwd=root, text=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    counted = [w for w in WORKLOADS.values() if w.op]
+    tests = sum(2 + ("builtin" in workload.peers) for workload in counted)
+    assert f"{tests} passed" in answer.stdout, answer.stdout[-2000:]
+
+
 class Called(TorchDispatchMode):
     """Collects which of fastcl's operations run."""
 

@@ -6,6 +6,7 @@
     python -m bench --json out/bench.json           everything needed to repeat it
     python -m bench --from out/*.json --plots out   pictures of earlier runs
 
+Peers that are not installed are listed as such; pip install 'fastcl[peers]' brings those for a CPU.
 Nothing is compared with a result that is wrong, and rows that lose are printed too. Exit status: 1
 when fastcl itself is wrong or failed, 2 for wrong usage, 130 after Ctrl-C, which keeps what was
 measured.
@@ -14,7 +15,7 @@ measured.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import shlex
 import sys
@@ -152,11 +153,22 @@ def check(options: argparse.Namespace) -> list[str]:
             f"nothing to measure: {', '.join(providers)} has none of these workloads "
             f"on {options.device}; see --list."
         )
-    if options.json and options.json.is_dir():
-        raise UsageError(f"--json {options.json} is a folder; name a file in it.")
-    if options.plots and options.plots.is_file():
-        raise UsageError(f"--plots {options.plots} is a file; name a folder.")
+    check_output(options)
     return providers
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Before minutes of measuring rather than after. Raises UsageError."""
+    try:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.open("a").close()
+        if options.plots:
+            options.plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {error.filename}: {error.strerror}.") from None
+    if options.plots and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plots needs matplotlib: pip install 'fastcl[bench]'.")
 
 
 def check_device(device: str) -> None:

@@ -96,12 +96,14 @@ def measure(
             if "status" not in result:
                 runners += checked(workload, sizes, result, inputs, settings)
     for runner, samples in zip(runners, take_turns(runners, settings)):
-        runner.result["seconds"] = summary(samples)
+        if runner.result["status"] == "ok":
+            runner.result["seconds"] = summary(samples)
     runners.clear()
     if settings.memory:
         for result in results:
             if result["status"] == "ok":
-                result["peak_bytes"] = peak_bytes(workload, sizes, result["provider"], settings)
+                peak, reason = peak_bytes(workload, sizes, result["provider"], settings)
+                result["peak_bytes"], result["memory_note"] = peak, reason
     return results
 
 
@@ -231,11 +233,15 @@ def checked(
             if provider == "compile" or not slow:
                 step()
     except Exception as error:  # a row of the table, whatever another library raises
-        message = str(error).splitlines() or [""]
-        result["status"], result["note"] = "failed", f"{type(error).__name__}: {message[0]}"
+        result["status"], result["note"] = "failed", one_line(error)
         return []
     result["status"] = "ok"
     return [Runner(result, step, slow)]
+
+
+def one_line(error: Exception) -> str:
+    message = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {message[0]}"
 
 
 def truth(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
@@ -266,28 +272,44 @@ def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
 
 def take_turns(runners: list[Runner], settings: Settings) -> list[list[float]]:
     """Samples of each provider. Slow ones sit out the later repeats; only a call that takes all of
-    the settings' seconds has fewer than three samples."""
+    the settings' seconds has fewer than three samples. One that raises is out, with that status."""
     samples: list[list[float]] = [[] for _ in runners]
-    loops, repeats = [], []
-    for runner in runners:
-        if runner.result["provider"] == "compile":
-            runner.step()  # it may compile again on the second call, when a number has changed
-        once = math.inf if runner.slow else machine.seconds(runner.step, 1, settings.device)
-        loops.append(max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7))))
-        least = 1 if once > settings.seconds else min(FEWEST_REPEATS, settings.repeats)
-        repeats.append(max(least, int(settings.seconds / (once * loops[-1]))))
+    plans = [plan(runner, settings) for runner in runners]
     gc.collect()
     gc.disable()
     try:
         for repeat in range(settings.repeats):
             for turn in range(len(runners)):
                 i = (turn + repeat) % len(runners)  # nobody always follows the same one
-                if repeat < repeats[i]:
-                    step = runners[i].step
-                    samples[i].append(machine.seconds(step, loops[i], settings.device))
+                loops, repeats = plans[i]
+                if repeat < repeats:
+                    samples[i] += timed(runners[i], loops, settings.device)
     finally:
         gc.enable()
     return samples
+
+
+def plan(runner: Runner, settings: Settings) -> tuple[int, int]:
+    """(calls a sample, samples) that the provider can afford."""
+    once = math.inf
+    if not runner.slow:
+        if runner.result["provider"] == "compile":
+            timed(runner, 1, settings.device)  # the second call compiles again if a number changed
+        once = sum(timed(runner, 1, settings.device)) or math.inf
+    loops = max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-7)))
+    least = 1 if once > settings.seconds else min(FEWEST_REPEATS, settings.repeats)
+    return loops, max(least, int(settings.seconds / (once * loops)))
+
+
+def timed(runner: Runner, loops: int, device: str) -> list[float]:
+    """One sample; none when the call raises, or did so before."""
+    if runner.result.get("status") == "failed":
+        return []
+    try:
+        return [machine.seconds(runner.step, loops, device)]
+    except Exception as error:
+        runner.result["status"], runner.result["note"] = "failed", one_line(error)
+        return []
 
 
 def summary(samples: list[float]) -> dict[str, Any]:
@@ -310,10 +332,12 @@ def summary(samples: list[float]) -> dict[str, Any]:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def peak_bytes(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -> int | None:
-    """What one call adds to memory at its peak; None where that cannot be told."""
+def peak_bytes(
+    workload: Workload, sizes: Sizes, provider: str, settings: Settings
+) -> tuple[int | None, str]:
+    """What one call adds to memory at its peak; or None, and why where there is more to say."""
     if settings.device.startswith("cuda"):
-        return peak_on_gpu(workload, sizes, provider, settings)
+        return peak_or_reason(peak_on_gpu, workload, sizes, provider, settings)
     context = get_context("forkserver")  # a fresh process that has torch imported, no threads yet
     context.set_forkserver_preload(["torch", "fastcl.functional"])
     receiver, sender = context.Pipe(duplex=False)
@@ -322,11 +346,11 @@ def peak_bytes(workload: Workload, sizes: Sizes, provider: str, settings: Settin
     process.start()
     sender.close()
     try:
-        found = receiver.recv()
+        found: tuple[int | None, str] = receiver.recv()
         process.join(timeout=10)
         return found
-    except EOFError:  # killed, as when memory ran out
-        return None
+    except EOFError:
+        return None, "killed while its memory was measured"  # as when memory runs out
     finally:
         process.kill()  # Ctrl-C does not wait for a long call
         process.join()
@@ -338,7 +362,15 @@ def send_peak(
     """What the process does. Ctrl-C reaches it too, and is its parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet()
-    sender.send(peak_in_this_process(WORKLOADS[name], sizes, provider, settings))
+    workload = WORKLOADS[name]
+    sender.send(peak_or_reason(peak_in_this_process, workload, sizes, provider, settings))
+
+
+def peak_or_reason(peak: Callable[..., int | None], *arguments: Any) -> tuple[int | None, str]:
+    try:
+        return peak(*arguments), ""
+    except Exception as error:  # whatever another library raises
+        return None, f"memory: {one_line(error)}"
 
 
 def peak_in_this_process(

@@ -106,11 +106,13 @@ def check(options: argparse.Namespace, flags: list[str]) -> list[tuple[str, str]
         raise UsageError(f"--data-dir {options.data_dir} is no folder.")
     if options.minutes is not None and not options.minutes > 0:
         raise UsageError(f"--minutes must be above 0; got {options.minutes:g}.")
-    if options.output.is_file():
-        raise UsageError(f"--output {options.output} is a file; name a folder.")
     for flag in ("--method", "--recipe", "--output", "--data", "--data-dir", "--resume"):
         if any(given.partition("=")[0] == flag for given in flags):
             raise UsageError(f"{flag} cannot come after --: the bench sets it.")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to --output {options.output}: {error.strerror}.") from None
     return [
         (method, recipe)
         for method in options.methods or METHODS

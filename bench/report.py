@@ -68,6 +68,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     found = [result["note"]] if result["note"] else []
     if len(result["seconds"]["samples"]) == 1:
         found.append("one sample")
+    if result.get("memory_note"):
+        found.append(result["memory_note"])
     if "checked_at" in result:
         found.append("checked at " + sizes_of(result["checked_at"]))
     return found

@@ -134,6 +134,44 @@ def test_an_exception_is_a_row_and_stops_nobody_else() -> None:
     assert "seconds" in right
 
 
+def test_a_call_that_fails_later_is_a_row_too(monkeypatch, capsys) -> None:
+    calls = []
+
+    def fails_the_third_time(z0, z1):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of something")
+        return F.nt_xent(z0, z1, temperature=0.5)
+
+    workload = dataclasses.replace(WORKLOADS["nt_xent"], fused=fails_the_third_time)
+    failed, right = measure.measure(workload, TINY, ["fastcl", "torch"], ONE)
+    assert (failed["status"], failed["note"]) == ("failed", "RuntimeError: out of something")
+    assert "seconds" not in failed
+    assert len(right["seconds"]["samples"]) == 3
+    report.print_table([failed, right])
+    assert "failed: RuntimeError: out of something" in capsys.readouterr().out
+
+
+def test_memory_that_cannot_be_measured_is_said(monkeypatch, capsys) -> None:
+    def fails(**sizes):
+        raise MemoryError("too much")
+
+    peak = measure.peak_or_reason(fails)
+    assert peak == (None, "memory: MemoryError: too much")
+    monkeypatch.setattr(measure, "peak_bytes", lambda *_: peak)
+    settings = dataclasses.replace(ONE, memory=True)
+    results = measure.measure(WORKLOADS["nt_xent"], TINY, ["torch"], settings)
+    report.print_table(results)
+    assert "memory: MemoryError: too much" in capsys.readouterr().out
+
+
+def test_a_killed_memory_process_stops_nobody(monkeypatch) -> None:
+    sizes = {"N": 2**40, "D": 2}  # asks for 8 TiB: an exception, or the end of the process
+    settings = dataclasses.replace(ONE, memory=True)
+    peak, reason = measure.peak_bytes(WORKLOADS["nt_xent"], sizes, "fastcl", settings)
+    assert peak is None and reason
+
+
 def test_a_change_in_place_is_compared_too() -> None:
     workload = dataclasses.replace(
         WORKLOADS["ema"],
@@ -369,7 +407,8 @@ def test_a_call_that_takes_all_the_seconds_is_made_once() -> None:
 def test_memory_is_the_peak_of_one_call_in_a_process_of_its_own() -> None:
     settings = dataclasses.replace(ONE, memory=True)
     sizes = {"N": 1024, "D": 16}
-    plain = measure.peak_bytes(WORKLOADS["nt_xent"], sizes, "torch", settings)
+    plain, reason = measure.peak_bytes(WORKLOADS["nt_xent"], sizes, "torch", settings)
+    assert reason == ""
     if plain is None:
         pytest.skip("the kernel does not offer /proc/self/clear_refs")
     matrix = 4 * 2048**2
@@ -418,8 +457,9 @@ def test_what_cannot_be_done_is_one_line_and_status_2(tmp_path, capsys) -> None:
         ("clip", "--device", "tpu"): "cpu, cuda",
         ("clip", "--seconds", "0"): "above 0",
         ("clip", "--scaling", "--least", "64", "--most", "32"): "--most 32",
-        ("clip", "--json", str(tmp_path)): "is a folder",
-        ("clip", "--plots", str(broken)): "is a file",
+        ("clip", "--json", str(tmp_path)): "Is a directory",
+        ("clip", "--json", str(broken / "x.json")): "cannot write to",
+        ("clip", "--plots", str(broken)): "File exists",
     }
     if torch.cuda.is_available():
         del cases["clip", "--providers", "memeff"], cases["clip", "--device", "cuda:7"]
@@ -447,7 +487,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path) -> None:
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < deadline:  # queue_push is done
+        while not (file.exists() and file.stat().st_size):  # queue_push is done
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)

@@ -207,6 +207,7 @@ def test_every_method_runs_by_every_quick_recipe() -> None:
         ("--data fashoin", "did you mean fashion? Data: "),
         ("--data-dir /none", "is no folder"),
         ("--minutes 0", "above 0"),
+        ("--output /dev/null/x", "cannot write to --output /dev/null/x"),
         ("swav -- --output x", "the bench sets it"),
         ("swav -- --data=folder", "the bench sets it"),
     ],

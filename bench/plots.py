@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench import report
 from bench.scaling import fits, peak
@@ -190,7 +190,12 @@ def logarithmic(panel: Axes, sizes: list[int], axis: str) -> None:
     panel.xaxis.set_major_locator(FixedLocator(sizes))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{int(x):,}"))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
+    plain = FuncFormatter(lambda y, _: f"{y:,.10g}")
+    low, high = panel.get_ylim()
+    few = high / low < 100  # then 1, 10, 100 are too far apart
+    panel.yaxis.set_major_locator(LogLocator(10, (1, 2, 5) if few else (1,), numticks=20))
+    panel.yaxis.set_major_formatter(plain)
+    panel.yaxis.set_minor_formatter(NullFormatter())
     if len(sizes) > 6:
         panel.tick_params(axis="x", rotation=30)
         for label in panel.get_xticklabels():

@@ -55,7 +55,8 @@ def expected(
     """Seconds and bytes of a call, from the same provider's smaller sizes; None without any.
 
     The larger of two guesses: growth with the counted work (for memory: with the matrix that the
-    plain expression stores, fastcl's with the rows), and growth as in the last step.
+    plain expression stores, fastcl's with the rows), and growth as in the last step, but at most
+    one power more.
     """
     axis, provider = workload.scaling, result["provider"]
     own = [r for r in earlier if (r["workload"], r["provider"]) == (workload.name, provider)]
@@ -77,11 +78,10 @@ def expected(
         if points:
             x, y = points[-1]
             size = result["sizes"][axis]
-            guess = y * cost(result["sizes"]) / cost({**result["sizes"], axis: int(x)})
+            grown = cost(result["sizes"]) / cost({**result["sizes"], axis: int(x)})
             last = exponent(points[-2:])
-            if last is not None:
-                guess = max(guess, y * (size / x) ** last)
-            guesses[name] = guess
+            steps = y * (size / x) ** last if last is not None else 0.0
+            guesses[name] = min(max(y * grown, steps), y * grown * size / x)  # noise has any slope
     return guesses
 
 

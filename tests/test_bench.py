@@ -165,11 +165,23 @@ def test_memory_that_cannot_be_measured_is_said(monkeypatch, capsys) -> None:
     assert "memory: MemoryError: too much" in capsys.readouterr().out
 
 
+def die(*_) -> None:
+    os._exit(9)
+
+
 def test_a_killed_memory_process_stops_nobody(monkeypatch) -> None:
-    sizes = {"N": 2**40, "D": 2}  # asks for 8 TiB: an exception, or the end of the process
+    monkeypatch.setattr(measure, "send_peak", die)
+    workload, settings = WORKLOADS["nt_xent"], dataclasses.replace(ONE, memory=True)
+    peak = measure.peak_bytes(workload, TINY, "fastcl", settings)
+    assert peak == (None, "killed while its memory was measured")
+
+
+def test_a_memory_process_that_raises_says_why() -> None:
+    sizes = {"N": 2**40, "D": 2}  # 8 TiB
     settings = dataclasses.replace(ONE, memory=True)
     peak, reason = measure.peak_bytes(WORKLOADS["nt_xent"], sizes, "fastcl", settings)
-    assert peak is None and reason
+    assert peak is None
+    assert reason.startswith("memory: RuntimeError: ")
 
 
 def test_a_change_in_place_is_compared_too() -> None:
@@ -232,9 +244,11 @@ def test_the_next_size_is_guessed_from_the_last_ones() -> None:
     workload, next_one = WORKLOADS["nt_xent"], at(8192, 0.0)
     guess = scaling.expected(workload, next_one, [at(2048, 1.0, 2**21), at(4096, 4.0, 2**22)])
     assert guess == {"seconds": pytest.approx(16), "bytes": pytest.approx(2**23)}
-    plain = [at(2048, 1.0, 2**21, "torch"), at(4096, 10.0, 2**22, "torch")]
+    plain = [at(2048, 1.0, 2**21, "torch"), at(4096, 7.0, 2**22, "torch")]
     guess = scaling.expected(workload, at(8192, 0.0, provider="torch"), plain)
-    assert guess == {"seconds": pytest.approx(100), "bytes": pytest.approx(2**24)}  # a matrix
+    assert guess == {"seconds": pytest.approx(49), "bytes": pytest.approx(2**24)}  # a matrix
+    noise = [at(2048, 1.0), at(4096, 100.0)]
+    assert scaling.expected(workload, next_one, noise)["seconds"] == pytest.approx(800)  # N³
     assert scaling.expected(workload, next_one, plain) == {"seconds": None, "bytes": None}
 
 

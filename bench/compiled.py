@@ -13,6 +13,7 @@ in the assembly. What was read is kept in Triton's cache beside the kernel.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -52,7 +53,12 @@ REGISTERS_PER_MULTIPROCESSOR = 65536
 # The tensor-core instruction of each generation. Blackwell's and Hopper's take operands from
 # shared memory; falling back to HMMA (mma.sync) there costs at least half the rate.
 TENSOR_INSTRUCTION: dict[configs.Target, str] = {
-    **{80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"},
+    80: "HMMA",
+    86: "HMMA",
+    89: "HMMA",
+    90: "HGMMA",
+    100: "UTCHMMA",
+    120: "HMMA",
     "gfx942": "v_mfma",
 }
 
@@ -257,13 +263,7 @@ def _facts_file() -> str:
     """Another name whenever this file or the reading of machine code changes."""
     folder = Path(__file__).parent
     text = "".join((folder / f"{name}.py").read_text() for name in ("compiled", "machine_code"))
-    return f"facts-{hash_of(text)}.json"
-
-
-def hash_of(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"facts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 _known: dict[str, dict[str, Any]] = {}

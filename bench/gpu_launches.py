@@ -124,9 +124,9 @@ def of_cosine(case: Case) -> None:
 
 def of_ema(case: Case) -> None:
     # Sources in the model's type, targets in float32 or in the same.
+    source = torch.empty(8192, dtype=case.dtype)
     for dtype in (torch.float32, case.dtype):
-        ema.update_([torch.empty(8192, dtype=dtype)], [case.rows(8192 // case.d + 1).view(-1)[:8192]],
-                    momentum=0.99)  # fmt: skip
+        ema.update_([torch.empty(8192, dtype=dtype)], [source], momentum=0.99)
 
 
 def of_queue(case: Case) -> None:

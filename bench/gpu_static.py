@@ -1,8 +1,8 @@
-"""`python -m bench gpu-static`: what bounds each kernel's loop on each GPU, as a static model says.
+"""`python -m bench gpu-static`: what bounds each kernel's loop on each GPU: a static model says.
 
-    python -m bench gpu-static                                the similarity kernels, D = 128 and 256
-    python -m bench gpu-static cosine queue --arch 90         every kernel of two operations
-    python -m bench gpu-static --all --json out/static.json   everything; minutes when not cached
+    python -m bench gpu-static                               the similarity kernels, D = 128, 256
+    python -m bench gpu-static cosine queue --arch 90        every kernel of two operations
+    python -m bench gpu-static --all --json out/static.json  everything; half an hour at first
 
 Every launch is compiled as the host function makes it, and the instructions of its main loop are
 set against what a multiprocessor can do in a clock. No GPU runs anything. The figures are
@@ -216,16 +216,44 @@ def flops_of_tile(options: dict[str, Any], d: int) -> tuple[int, float]:
     """
     x = options.get("BLOCK_X") or options["BLOCK_N"]
     y = options.get("BLOCK_Y") or options["BLOCK_M"]
-    padded, v = trips_of(options, d) * options["BLOCK_D"], options.get("BLOCK_V", 0)
+    padded, v = steps_of(options, d) * options["BLOCK_D"], options.get("BLOCK_V", 0)
     executed = 2 * x * y * (padded + v)
     features = -(-d // v) if v else 1
     needed = 2 * x * y * d * (2 if v else 1)
     return executed, needed / (features * executed)
 
 
-def trips_of(options: dict[str, Any], d: int) -> int:
-    """How often the loop over blocks of D runs for one tile."""
-    return -(-d // options["BLOCK_D"]) if "PRECISION" in options else 1
+def steps_of(options: dict[str, Any], d: int) -> int:
+    """Blocks of features that the products of one tile are made of."""
+    return -(-d // options["BLOCK_D"])
+
+
+def tensor_work(opcodes: Counter[str], report: Report) -> int:
+    """FLOP of a block; where instructions do not name their size, how many have a depth of 16."""
+    warps = report.warps / 4 if report.target == 90 else report.warps
+    if report.target == 100:
+        return tensor_instructions(opcodes)
+    return int(warps * sum(n * (flops_of(opcode) or 0) for opcode, n in opcodes.items()))
+
+
+def tensor_work_needed(report: Report, d: int) -> int:
+    """The same of the algorithm."""
+    options = report.options
+    if report.target == 100:  # one instruction has all of a tile's rows and columns
+        depth = steps_of(options, d) * options["BLOCK_D"]
+        return (depth + (options["BLOCK_Y"] if "BLOCK_V" in options else 0)) // 16
+    return flops_of_tile(options, d)[0]
+
+
+def trips_of(report: Report, d: int) -> int:
+    """How often the loop over blocks of D runs for one tile, without the trips that the compiler
+    has taken out of it."""
+    steps, main = steps_of(report.options, d), report.main
+    inside = sum(tensor_work(loop.opcodes(), report) for loop in main.inner) if main else 0
+    if main is None or not inside:
+        return steps
+    trips, rest = divmod(tensor_work_needed(report, d) - tensor_work(main.own, report), inside)
+    return trips if rest == 0 and 0 < trips <= steps else steps
 
 
 @dataclass(frozen=True)
@@ -252,7 +280,7 @@ class Row:
 
 def row_of(operation: str, case: Case, report: Report) -> Row:
     products = is_product(report.word, report.name)
-    trips = trips_of(report.options, case.d) if products else 1
+    trips = trips_of(report, case.d) if products else 1
     main = report.main if products else report.longest
     # A kernel without a loop is one tile.
     opcodes = main.opcodes(trips) if main else report.whole
@@ -291,16 +319,16 @@ def rows_of(operation: str, case: Case, target: configs.Target, only_products: b
 
 COLUMNS = (
     f"{'kernel':<24}{'GPU':<7}{'D':>5} {'block':<12}{'regs':>5}{'spill':>6}{'KB':>5}{'blocks':>7}"
-    f"{'tensor':>8}{'EX2':>5}{'instr':>7}  {'bound':<7}{'alone':>6}{'best':>6}{'pred.':>7} {'useful':>7}"
+    f"{'tensor':>8}{'EX2':>5}{'instr':>7}  {'bound':<7}"
+    f"{'alone':>6}{'best':>6}{'pred.':>7} {'useful':>7}"
 )
-LEGEND = (
-    "regs a thread, spill bytes, KB of shared memory a block, blocks on a multiprocessor; tensor, "
-    "EX2 and\nall instructions of a warp for one tile, by the cheapest way through the loop; bound: "
-    "the unit that\ntakes longest; of the tensor peak (f: of float32's, m: of the memory's) what one "
-    "block alone and\nperfect overlap would give, and the prediction; useful: share of the "
-    "multiplications that the\nresult needs, the rest being computed again or padding. No L2 limit "
-    "is in the figures but for\nsm_80 and sm_90, no traffic of tensor-core operands but for sm_90's."
-)
+LEGEND = """\
+regs a thread, spill bytes, KB of shared memory a block, blocks on a multiprocessor; tensor, EX2 and
+all instructions of a warp for one tile, by the cheapest way through the loop; bound: the unit that
+takes longest; of the tensor peak (f: of float32's, m: of the memory's) what one block alone and
+perfect overlap would give, and the prediction; useful: share of the multiplications that the
+result needs, the rest being computed again or padding. No L2 limit is in the figures but for
+sm_80 and sm_90, no traffic of tensor-core operands but for sm_90's."""
 
 
 def line_of(row: Row) -> str:

@@ -43,6 +43,8 @@ SUM = "bucket BLOCK_X BLOCK_Y BLOCK_D BLOCK_V num_warps num_stages"
 # Forward: at least two blocks on a multiprocessor where they fit, because only another block's
 # products overlap with a block's exponentials; then as many rows kept as that allows.
 # Sums: the accumulator (BLOCK_X, BLOCK_V) and the scores (BLOCK_X, BLOCK_Y) share the registers.
+# LARGE: every block of BLOCK_V features computes the scores anew, and tiles of products read both
+# operands again for each block of D, from the L2 cache: as wide as registers allow.
 # Rows named _ids serve the launches with ids, whose 64-bit vectors need registers of their own.
 TABLE: Table = {}
 for _arch in (80, 86):  # 86 has less shared memory: 99 KB are enough for these
@@ -52,26 +54,32 @@ for _arch in (80, 86):  # 86 has less shared memory: 99 KB are enough for these
     )
     TABLE |= _rows(
         *("similarity_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
-        *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 128, 4, 2)),
+        *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 256, 8, 2)),
     )
 for _arch in (90, 100):
     TABLE |= _rows(
         *("similarity_rows", _arch, 2, LSE),
-        *((128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 64, 64, 8, 2)),
+        *((128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 256, 64, 8, 2)),
     )
 TABLE |= _rows(
     *("similarity_gradient", 90, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
-    *((256, 128, 32, 256, 256, 8, 2), (LARGE, 128, 32, 64, 256, 8, 2)),
+    *((256, 128, 32, 256, 256, 8, 2), (LARGE, 64, 64, 64, 512, 8, 2)),
 )
 TABLE |= _rows(
     *("similarity_gradient", 100, 2, SUM, (128, 128, 64, 128, 128, 8, 2)),
-    *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 32, 64, 256, 4, 2)),
+    *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 512, 8, 2)),
 )
 for _arch in (80, 86, 90, 100):
     _m = 128 if _arch == 90 else 64
+    _large = (64, 64, 64, 4, 2) if _arch == 100 else (64, 128, 64, 8, 2)
     TABLE |= _rows(
         *("similarity_pairs", _arch, 2, LSE, (128, 64, _m, 128, 4, 2)),
-        *((256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2)),
+        *((256, 64, 64, 256, 4, 2), (LARGE, *_large)),
+    )
+    _wide = (128, 64, 256, 8, 2) if _arch in (90, 100) else (64, 64, 256, 4, 2)
+    TABLE |= _rows(
+        *("similarity_rows_ids", _arch, 2, LSE),
+        *((128, 128, 64, 128, 8, 2), (256, *_wide), (LARGE, 128, _m, 64, 8, 2)),
     )
     _warps = 8 if _arch == 100 else 4
     TABLE |= _rows(
@@ -80,7 +88,7 @@ for _arch in (80, 86, 90, 100):
     )
     TABLE |= _rows(
         *("similarity_gradient_ids", _arch, 2, SUM, (128, 64, 32, 128, 128, 4, 2)),
-        (LARGE, 64, 32, 64, 128, 4, 2),
+        (LARGE, 64, 32, 64, 512, 8, 2) if _arch in (90, 100) else (LARGE, 64, 64, 64, 256, 8, 2),
     )
     # The squares on the diagonal: as small as the smallest tile of the pairs.
     TABLE |= _rows(
@@ -110,19 +118,22 @@ for _kernel, _like in (
 for _arch in (80, 86, 90, 100):
     for _kernel in ("pair_sigmoid_loss", "instance_spread_shares", "instance_spread_loss"):
         TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 32, 32, 8, 2))
+        if _arch in (90, 100):
+            _m = 64 if (_arch, _kernel) == (100, "instance_spread_loss") else 128
+            TABLE |= _rows(_kernel, _arch, 2, LSE, (LARGE, 128, _m, 64, 8, 2))
     _x = 128 if _arch == 100 else 64
     _warps = 4 if _arch == 90 else 8
     _v = 64 if _arch == 100 else 128
     TABLE |= _rows(
         *("instance_spread_gradient", _arch, 2, SUM, (128, _x, 32, 128, 128, _warps, 2)),
-        *((256, 64, 32, 64, _v, 8, 2), (LARGE, 64, 32, 64, _v, 8, 2)),
+        *((256, 64, 32, 64, _v, 8, 2), (LARGE, 64, 32, 64, 512 if _arch > 86 else 256, 8, 2)),
     )
     for _kernel in ("pair_sigmoid_gradient", "instance_spread_gradient"):
         TABLE |= _rows(_kernel, _arch, 4, SUM, (LARGE, 32, 32, 32, _v, 4, 2))
 for _arch in (80, 86):
     TABLE |= _rows(
         *("pair_sigmoid_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
-        *((256, 64, 32, 256, 256, 8, 2), (LARGE, 64, 32, 64, 128, 4, 2)),
+        *((256, 64, 32, 256, 256, 8, 2), (LARGE, 64, 64, 64, 256, 8, 2)),
     )
 
 # Bytes of shared memory that one block may ask for.

@@ -40,7 +40,8 @@ def forward(
     per_tile = tile // options["BLOCK_N"]
     all_tiles = triton.cdiv(n, tile)
     lse = torch.empty(n, dtype=torch.float32, device=device)
-    running = torch.empty(2, n, dtype=torch.float32, device=device)
+    # Two tensors: the second half of one would be aligned or not, as N is.
+    running = [torch.empty(n, dtype=torch.float32, device=device) for _ in range(2)]
     saved_peak = torch.empty(all_tiles, dtype=torch.float32, device=device)
     for launch, first in enumerate(range(0, all_tiles, similarity_lse.TILES_PER_LAUNCH)):
         tiles = min(similarity_lse.TILES_PER_LAUNCH, all_tiles - first)

@@ -377,7 +377,7 @@ def finish(
         HAS_ROWS=row_part is not None, HAS_COLUMNS=column_part is not None, SELF=is_self,
         NORMALIZE=factors[0] is not None, HAS_IDS=ids[0] is not None,
         PRECISION=configs.input_precision(x),
-        TILE=tile, BLOCK=block, BLOCK_Y=block, BLOCK_D=block_d, PARTS=16,
+        TILE=tile, BLOCK=block, BLOCK_Y=min(block, 32), BLOCK_D=block_d, PARTS=16,
         BLOCKS_PER_TILE=blocks_per_tile, num_warps=8, num_stages=1,
     )  # fmt: skip
 
@@ -409,7 +409,8 @@ def _rows_and_columns(
     blocks = triton.cdiv(n, options["BLOCK_N"])
     row_lse = torch.empty(n, dtype=torch.float32, device=device)
     column_lse = torch.empty(m, dtype=torch.float32, device=device)
-    running = torch.empty(2, n, dtype=torch.float32, device=device)
+    # Two tensors: the second half of one would be aligned or not, as N is.
+    running = [torch.empty(n, dtype=torch.float32, device=device) for _ in range(2)]
     step = TILES_PER_LAUNCH * tile
     for launch, start in enumerate(range(0, m, step)):
         columns = slice(start, min(start + step, m))

@@ -19,6 +19,7 @@ from fastcl import checkpoint
 from fastcl.checkpoint import NAME
 from fastcl.data import DATASETS
 from fastcl.data.augment import RECIPES as AUGMENTATIONS
+from fastcl.data.colours import CHANNELS
 from fastcl.methods import METHODS, Config
 from fastcl.methods.base import option
 from fastcl.optim import OPTIMIZERS, SCHEDULES
@@ -249,6 +250,7 @@ CHOICES: dict[str, Iterable[str]] = {
     "method": METHODS,
     "data": DATASETS,
     "augmentation": AUGMENTATIONS,
+    "colours": CHANNELS,
     "precision": PRECISIONS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nf
 
-from fastcl import checkpoint, models
+from fastcl import checkpoint
+from fastcl.config import with_values
 from fastcl.data import DataSplits, Split, augment, load
+from fastcl.methods import METHODS
 
 SIMILARITIES = 1 << 24  # held at a time: 64 MB
 
@@ -221,11 +223,19 @@ def load_encoder(state: dict[str, Any], data: DataSplits) -> tuple[nn.Module, No
     """
     values = state["values"]
     size = values["image_size"] or data.image_size
-    encoder = models.build(values["backbone"], image_size=size)
-    own = "encoder."
+    method = METHODS[values["method"]]
+    config = with_values(method.recipes["paper"], values)
+    encoder = method.build_encoder(config, size)
+    own = method.kept + "."
     weights = state["method"].items()
     encoder.load_state_dict({k.removeprefix(own): v for k, v in weights if k.startswith(own)})
-    recipe = augment.build(values["augmentation"], image_size=size, mean=data.mean, std=data.std)
+    recipe = augment.build(
+        config.augmentation,
+        image_size=size,
+        mean=data.mean,
+        std=data.std,
+        colours=config.colours,
+    )
     return encoder, recipe.normalize
 
 

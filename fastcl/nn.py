@@ -76,6 +76,32 @@ class MemoryBank(nn.Module):
         return f"{size}, {dim}, momentum={self.momentum}"
 
 
+class Partition(nn.Module):
+    """Z of noise-contrastive estimation: n · mean of exp over the first batch's scores, then fixed.
+
+    momentum > 0: a moving average of it instead, for small batches, whose first is a poor guess.
+
+    Buffer: z, 0-dim; 0 before the first batch.
+    Source: Wu et al. 2018, arXiv:1805.01978; the average: HobbitLong/CMC, issue 23.
+    """
+
+    z: Tensor
+
+    def __init__(self, momentum: float = 0.0) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("z", torch.zeros(()))
+
+    @torch.no_grad()
+    def forward(self, scores: Tensor, images: int) -> Tensor:
+        """Z, 0-dim, for scores (N, 1 + K) against a bank of n = images rows."""
+        now = images * scores.exp().mean()
+        m = self.momentum
+        later = m * self.z + (1 - m) * now if m > 0 else self.z
+        self.z.copy_(torch.where(self.z == 0, now, later))
+        return self.z.clone()
+
+
 class Prototypes(nn.Module):
     """K cluster centres: scores = z Cᵀ, the rows of C of unit length after `normalize_()`.
 

@@ -263,17 +263,34 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def split_fixed(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Give these parameters groups of their own, marked "fixed": no schedule changes their lr.
+def split_group(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], **changes: Any
+) -> None:
+    """Give these parameters groups of their own, with `changes`, else as their group was.
 
-    They keep everything else that their group had. SimSiam's predictor.
+    fixed=True marks those whose lr no schedule changes (SimSiam's predictor); undecayed=True with
+    weight_decay=0.0 those that get none, whatever the others get (DINO).
     """
-    fixed = {id(parameter) for parameter in parameters}
+    chosen = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
-        own = [p for p in group["params"] if id(p) in fixed]
+        own = [p for p in group["params"] if id(p) in chosen]
         if own:
-            group["params"] = [p for p in group["params"] if id(p) not in fixed]
-            optimizer.add_param_group({**group, "params": own, "fixed": True})
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            optimizer.add_param_group({**group, "params": own, **changes})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+
+
+@torch.no_grad()
+def clip_each_(parameters: Iterable[Tensor], most: float) -> None:
+    """Scale the gradient of every parameter, by itself, to a norm of at most `most`: DINO.
+
+    g ← g · min(1, most / (‖g‖ + 10⁻⁶));  torch.nn.utils.clip_grad_norm_ takes one norm for all.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        factors = (most / (norms + 1e-6)).clamp_(max=1)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
 
 
 SCHEDULES = (

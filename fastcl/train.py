@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl import checkpoint, models
+from fastcl import checkpoint
 from fastcl.config import RUNS, Request, UsageError, as_dict, parse, to_yaml
 from fastcl.data import Loader, TensorSplit, augment, load
 from fastcl.evaluate import knn_accuracy, pixel_knn_accuracy
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS, Progress
-from fastcl.optim import OPTIMIZERS, learning_rate, split_fixed
+from fastcl.optim import OPTIMIZERS, learning_rate, split_group
 from fastcl.progress import Metrics, ProgressBar, effective_rank, feature_std
 
+LOOKED_AT = 64  # training images that a method may refuse
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,10 +77,9 @@ class Trainer:
         image_size = config.image_size or self.data.image_size
 
         torch.manual_seed(run.seed)
-        encoder = models.build(
-            config.backbone, image_size=image_size, zero_init_residual=config.zero_init_residual
-        )
-        self.method = METHODS[run.method](encoder, config)
+        method = METHODS[run.method]
+        self.method = method(method.build_encoder(config, image_size), config)
+        self.method.look(next(self.data.pretrain.batches(LOOKED_AT))[0])
         self.method.set_images(len(self.data.pretrain))
         self.method.to(self.device)
         self.augmentation = augment.build(
@@ -90,6 +90,7 @@ class Trainer:
             crops=self.method.crops(image_size),
             strength=config.jitter,
             blur=config.blur,
+            colours=config.colours,
         )
         self.loader = Loader(
             self.data.pretrain,
@@ -104,7 +105,8 @@ class Trainer:
             momentum=config.sgd_momentum,
             weight_decay=config.weight_decay,
         )
-        split_fixed(self.optimizer, self.method.fixed_lr())
+        split_group(self.optimizer, self.method.fixed_lr(), fixed=True)
+        split_group(self.optimizer, self.method.undecayed(), undecayed=True, weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
 
         self.step = 0  # optimizer steps done
@@ -162,15 +164,19 @@ class Trainer:
     def _step(self, views: list[Tensor], indices: Tensor) -> None:
         """One optimizer step on a batch of views of these images."""
         at = Progress(self.step, len(self.loader), self.config.epochs, indices)
-        lr = self._lr()
+        lr, weight_decay = self._lr(), self.method.weight_decay_at(at)
         for group in self.optimizer.param_groups:
             if not group.get("fixed"):
                 group["lr"] = lr
+            if weight_decay is not None and not group.get("undecayed"):
+                group["weight_decay"] = weight_decay
         self.method.train()
         self.optimizer.zero_grad()
         with self._autocast():
             loss = self.method.loss(views, at)
         self.scaler.scale(loss).backward()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         self.method.after_backward(at)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -259,7 +265,7 @@ class Trainer:
             row["knn_top1_raw_pixels"] = self.raw_pixels
         with self._autocast():
             accuracy = knn_accuracy(
-                self.method.encoder,
+                self.method.get_submodule(self.method.kept),
                 self.data,
                 normalize=self.augmentation.normalize,
                 device=self.device,

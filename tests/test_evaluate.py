@@ -153,6 +153,7 @@ def run(tmp_path):
     encoder = models.build("tiny-resnet", image_size=16)
     weights = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     values = {"backbone": "tiny-resnet", "image_size": None, "augmentation": "moco-v2"}
+    values |= {"method": "moco-v2"}
     values |= {"data": "folder", "data_dir": str(tmp_path / "data")}
     state = {"values": values, "method": {**weights, "head.weight": torch.ones(2)}}
     checkpoint.save(tmp_path / "checkpoint.pt", state)

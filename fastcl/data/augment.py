@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fastcl.data.colours import convert
 from fastcl.data.operations import (
     Blur,
     BlurPillow,
     Crop,
     CropBYOL,
+    CropSquare,
     CropTensorFlow,
     Flip,
     Grayscale,
@@ -46,11 +48,15 @@ class Crops:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The views that a method takes of an image: a list of operations each, then (x − mean)/std."""
+    """The views that a method takes of an image: a list of operations each, then (x − mean)/std.
+
+    colours   "rgb", or what the views are converted to last: "grey" (one channel), "lab", "ycbcr"
+    """
 
     lists: tuple[tuple[Operation, ...], ...]
     mean: tuple[float, float, float] | None = None  # None: the views stay in [0, 1]
     std: tuple[float, float, float] | None = None
+    colours: str = "rgb"
 
     def views(self, images: Tensor, generator: Generator) -> list[Tensor]:
         """One float32 batch (B, 3, size, size) for each view of images uint8 (B, 3, H, W).
@@ -72,11 +78,7 @@ class Augmentation:
 
     def normalize(self, images: Tensor) -> Tensor:
         """What a test sees of images (B, 3, H, W), uint8 or in [0, 1]: no list, the same scale."""
-        images = as_float(images)
-        if self.mean is None or self.std is None:
-            return images
-        mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
-        return (images - mean[:, None, None]) / std[:, None, None]
+        return convert(as_float(images), self.colours, self.mean, self.std)
 
     def _view(
         self, operations: tuple[Operation, ...], images: Tensor, generator: Generator
@@ -208,6 +210,42 @@ def invaspread(size: int, scale: Scale, strength: float, blur: bool) -> Operatio
     return [Crop(size, scale), jitter, Sometimes(0.2, Grayscale()), Sometimes(0.5, Flip())]
 
 
+def cmc(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """CMC (Tian et al. 2020, arXiv:1906.05849): colours stay as they are."""
+    return [Crop(size, scale), Sometimes(0.5, Flip())]
+
+
+def cpc(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """CPC (van den Oord et al. 2018, arXiv:1807.03748): a window of the squeezed image."""
+    return [CropSquare(size, scale), Sometimes(0.5, Flip())]
+
+
+def dino(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """DINO (Caron et al. 2021, arXiv:2104.14294), the first large crop: always blurred."""
+    return _dino(size, scale, strength, blurred=1.0 * blur, solarized=0.0)
+
+
+def dino_second(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """DINO's second large crop: seldom blurred, sometimes solarized."""
+    return _dino(size, scale, strength, blurred=0.1 * blur, solarized=0.2)
+
+
+def dino_small(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
+    """DINO's small crops: blurred half of the time."""
+    return _dino(size, scale, strength, blurred=0.5 * blur, solarized=0.0)
+
+
+def _dino(size: int, scale: Scale, s: float, blurred: float, solarized: float) -> Operations:
+    return [
+        Crop(size, scale, kernel="bicubic"),
+        Sometimes(0.5, Flip()),
+        Sometimes(0.8, Jitter(0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s)),
+        Sometimes(0.2, Grayscale()),
+        *([Sometimes(blurred, BlurPillow())] if blurred else []),
+        *([Sometimes(solarized, Solarize())] if solarized else []),
+    ]
+
+
 RECIPES: dict[str, Callable[[int, Scale, float, bool], Operations]] = {
     "instdisc": instdisc,
     "invaspread": invaspread,
@@ -218,8 +256,16 @@ RECIPES: dict[str, Callable[[int, Scale, float, bool], Operations]] = {
     "swav": swav,
     "byol": byol,
     "moco-v3": moco_v3,
+    "cmc": cmc,
+    "cpc": cpc,
+    "dino": dino,
 }
-SECOND = {"byol": byol_second, "moco-v3": moco_v3_second}  # the second view, where it differs
+SECOND = {  # the second view, where it differs
+    "byol": byol_second,
+    "moco-v3": moco_v3_second,
+    "dino": dino_second,
+}
+LATER = {"dino": dino_small}  # the views after the second, where they differ
 SWAV_CROPS = (Crops(2, 224, (0.14, 1.0)), Crops(6, 96, (0.05, 0.14)))
 
 
@@ -232,12 +278,14 @@ def build(
     crops: Sequence[Crops] | None = None,
     strength: float = 1.0,
     blur: bool = True,
+    colours: str = "rgb",
 ) -> Augmentation:
     """The augmentation of a method, by the method's name.
 
     crops       the views. None: the paper's, two of image_size, and six of 3/7 of that for SwAV
     strength    multiplies the colour jitter
     blur        False leaves the blur out of a list that has one, as is usual for small images
+    colours     "rgb", "grey", "lab" or "ycbcr": what the views are made of
     mean, std   of the data. SimCLR's views stay in [0, 1] and do not use them; SwAV's code has
                 0.228 where ImageNet's std is 0.229, and so has this
     Raises ValueError for an unknown name, with the list.
@@ -251,13 +299,13 @@ def build(
         wide = is_simclr or name == "byol"
         crops = [Crops(2, image_size, (0.08 if wide else 0.2, 1.0))]
     views = [c for c in crops for _ in range(c.count)]
-    first, second = RECIPES[name], SECOND.get(name, RECIPES[name])
+    first = RECIPES[name]
+    recipes = [first, SECOND.get(name, first), LATER.get(name, first)]
     lists = [
-        tuple((second if i == 1 else first)(c.size, c.scale, strength, blur))
-        for i, c in enumerate(views)
+        tuple(recipes[min(i, 2)](c.size, c.scale, strength, blur)) for i, c in enumerate(views)
     ]
     if is_simclr:
-        return Augmentation(tuple(lists))
+        return Augmentation(tuple(lists), colours=colours)
     if name == "swav" and std == IMAGENET_STD:
         std = (0.228, *IMAGENET_STD[1:])
-    return Augmentation(tuple(lists), mean, std)
+    return Augmentation(tuple(lists), mean, std, colours)

@@ -183,6 +183,19 @@ class CropBYOL(Crop):
 
 
 @dataclass(frozen=True)
+class CropSquare(Crop):
+    """A window of the image squeezed to a square: √a of its height and of its width, a ~ U(scale).
+
+    CPC's crop of 256 × 256 pixels out of 300 × 300 has a = (256/300)².
+    """
+
+    def draw(self, count: int, height: int, width: int, generator: Generator) -> Any:
+        side = uniform(count, *self.scale, generator).sqrt()
+        h, w = ((side * n).round().long().clamp_(1, n) for n in (height, width))
+        return below(height - h + 1, generator), below(width - w + 1, generator), h, w
+
+
+@dataclass(frozen=True)
 class Flip(Operation):
     """Left and right exchanged."""
 

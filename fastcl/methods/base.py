@@ -12,7 +12,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from fastcl import models
 from fastcl.data.augment import Crops
+from fastcl.data.colours import CHANNELS
 
 
 def option(
@@ -35,6 +37,7 @@ class Config:
     crop_scale: tuple[float, float] = option((0.2, 1.0), "share of the image that a crop covers")
     jitter: float = option(1.0, "multiplies the strength of the colour jitter", at_least=0)
     blur: bool = option(True, "blur, in the lists that have one")
+    colours: str = option("rgb", "what the encoder sees: rgb, grey, lab or ycbcr")
     epochs: int = option(200, "passes over the training images", at_least=1)
     batch_size: int = option(256, "images per step; each gives several views", at_least=2)
     optimizer: str = option(
@@ -80,12 +83,14 @@ class Method(nn.Module):
         loss = method.loss(views, at);  loss.backward();  method.after_backward(at)
         optimizer.step();  method.after_step(at)
 
-    `encoder` is the backbone that is kept and evaluated after training. Subclasses set `embedding`
-    in `loss`: the batch's unit embeddings (N, dim) without gradient, which the trainer watches for
-    collapse.
+    `encoder` is the backbone, `kept` the name of the module that is kept and evaluated after
+    training: it, but for a method whose moving average is the better one. Subclasses set
+    `embedding` in `loss`: the batch's unit embeddings (N, dim) without gradient, which the trainer
+    watches for collapse.
     """
 
     recipes: ClassVar[dict[str, Config]]
+    kept: ClassVar[str] = "encoder"
 
     encoder: nn.Module
     embedding: Tensor
@@ -95,6 +100,19 @@ class Method(nn.Module):
         self.encoder = encoder
         self.feature_dim = cast(int, encoder.feature_dim)
         self.config = config
+
+    @classmethod
+    def build_encoder(cls, config: Config, image_size: int) -> nn.Module:
+        """The encoder that `__init__` takes, untrained: images -> (N, feature_dim)."""
+        return models.build(
+            config.backbone,
+            image_size=image_size,
+            in_channels=CHANNELS[config.colours],
+            zero_init_residual=config.zero_init_residual,
+        )
+
+    def look(self, images: Tensor) -> None:
+        """Some training images uint8 (B, 3, H, W). Raises ValueError when they are of no use."""
 
     def set_images(self, images: int) -> None:
         """How many training images there are: once, for methods that remember each of them."""
@@ -116,6 +134,14 @@ class Method(nn.Module):
     def fixed_lr(self) -> Iterable[nn.Parameter]:
         """Parameters whose learning rate stays at its peak, whatever the schedule says."""
         return ()
+
+    def undecayed(self) -> Iterable[nn.Parameter]:
+        """Parameters that get no weight decay."""
+        return ()
+
+    def weight_decay_at(self, at: Progress) -> float | None:
+        """The weight decay of this step; None where it stays what the Config says."""
+        return None
 
     def momentum_at(self, at: Progress) -> float | None:
         """The momentum of the key or target encoder in this step; None where there is none."""

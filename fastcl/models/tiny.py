@@ -72,11 +72,30 @@ def sine_positions(height: int, width: int, dim: int) -> Tensor:
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
+class DropPath(nn.Module):
+    """Training leaves out a block's branch with probability `drop_prob`, image by image.
+
+    What stays is divided by 1 − drop_prob. Source: Huang et al. 2016, arXiv:1603.09382.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = 1 - self.drop_prob
+        stays = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < keep
+        return x * (stays / keep).to(x.dtype)
+
+
 class Transformer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x). Source: Vaswani et al. 2017, pre-norm form."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.drop_path = DropPath(drop_path)
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -89,8 +108,8 @@ class Transformer(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(count, tokens, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, dim/heads)
         y = nf.scaled_dot_product_attention(query, key, value)
-        x = x + self.projection(y.transpose(1, 2).reshape(count, tokens, dim))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.projection(y.transpose(1, 2).reshape(count, tokens, dim)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class TinyViT(nn.Module):
@@ -100,11 +119,19 @@ class TinyViT(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int = 3, dim: int = 96, depth: int = 4, heads: int = 3, patch: int = 4
+        self,
+        in_channels: int = 3,
+        dim: int = 96,
+        depth: int = 4,
+        heads: int = 3,
+        patch: int = 4,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(in_channels, dim, patch, patch)
-        self.blocks = nn.Sequential(*(Transformer(dim, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Transformer(dim, heads, drop_path * i / (depth - 1)) for i in range(depth))
+        )
         self.norm = nn.LayerNorm(dim)
         self.feature_dim = dim
         for module in self.modules():

@@ -8,7 +8,7 @@ import torch
 
 from fastcl.methods.base import Progress
 from fastcl.methods.simsiam import Config, SimSiam
-from fastcl.optim import OPTIMIZERS, learning_rate, split_fixed
+from fastcl.optim import OPTIMIZERS, learning_rate, split_group
 
 AT = Progress(step=0, steps_per_epoch=10, epochs=1)
 NAMES = {"encoder.body.": "encoder.0.", "encoder.fc.": "projector.", "predictor.": "predictor."}
@@ -40,7 +40,7 @@ def test_three_steps_follow_the_official_code(golden, dtype):
     lr = 0.05 * 512 / 256
     trained = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     optimizer = OPTIMIZERS["sgd"](trained, lr, momentum=0.9, weight_decay=1e-4)
-    split_fixed(optimizer, method.fixed_lr())
+    split_group(optimizer, method.fixed_lr(), fixed=True)
     tight = 1e-7 if dtype == torch.float64 else 2e-6  # the file's states are float32
     for step, epoch in enumerate((0, 5, 9)):
         rates = []
@@ -78,7 +78,7 @@ def test_fixed_groups_keep_their_settings_and_lose_no_parameter():
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     named = [*first.named_parameters(), *second.named_parameters()]
     optimizer = OPTIMIZERS["lars-byol"](named, 0.5, momentum=0.9, weight_decay=0.25)
-    split_fixed(optimizer, second.parameters())
+    split_group(optimizer, second.parameters(), fixed=True)
     groups = [
         (g.get("fixed", False), g["adapt"], g["weight_decay"], [p.ndim for p in g["params"]])
         for g in optimizer.param_groups

@@ -45,8 +45,8 @@ Result = dict[str, Any]
 Step = Callable[[], dict[str, Tensor]]
 
 # Largest deviation that is not "wrong", as a fraction of the truth's largest entry. In half
-# precision the plain expression rounds the logits themselves.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# precision the plain expression rounds the logits themselves: at 1/τ = 14 by 0.03 in bfloat16.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-1}
 LARGEST_TRUTH = 6 << 30  # bytes for the float64 expression; above that the small size is checked
 SHORTEST_SAMPLE = 5e-3  # seconds; faster calls are made several times
 FEWEST_REPEATS = 3
@@ -417,12 +417,13 @@ def peak_on_gpu(workload: Workload, sizes: Sizes, provider: str, settings: Setti
     step = step_of(workload, provider, sizes, make_inputs(workload, sizes, settings))
     step()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    device = torch.device(settings.device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     kept = step()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     del kept
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 # ---- the machine's limit -------------------------------------------------------------------------

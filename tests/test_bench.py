@@ -582,6 +582,28 @@ def test_pictures_show_the_measured_numbers(tmp_path) -> None:
     assert list(memory.get_ydata()) == [8, 16, 32]
 
 
+def test_pictures_end_lines_where_a_size_was_skipped() -> None:
+    plots = pytest.importorskip("bench.plots")
+    fast = [at(n, 1e-9 * n**2, 100.0 * n) for n in (2**14, 2**15, 2**16)]
+    slow = [at(n, 1e-8 * n**2, n**2, "torch") for n in (2**14, 2**15)]
+    for r in fast + slow:
+        r["seconds"].update(lower_quartile=r["seconds"]["median"], upper_quartile=1.0)
+    skipped = {**at(2**16, 0.0, provider="torch"), "status": "does not fit"}
+    del skipped["seconds"]
+    figure = plots.scaling([*fast, *slow, skipped], "N")
+    for axes in figure.axes:
+        assert [list(line.get_xdata()) for line in axes.lines] == [
+            [2**14, 2**15, 2**16],
+            [2**14, 2**15],
+        ]
+        assert min(min(line.get_ydata()) for line in axes.lines) > 0
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
+        "fastcl: time $N^{2.00}$, memory $N^{1.00}$",
+        "torch: time $N^{2.00}$, memory $N^{2.00}$; above 32,768 does not fit",
+    ]
+
+
 def test_inputs_are_the_same_for_everybody() -> None:
     for workload in WORKLOADS.values():
         first, second = (workload.inputs(New(torch.float32, "cpu"), **workload.small) for _ in "ab")

@@ -314,3 +314,66 @@ def moco_v3_mlp(layers: int, features: int, hidden: int, dim: int, last_norm: bo
         parts += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
     parts.append(nn.Linear(hidden if layers > 1 else features, dim, bias=False))
     return nn.Sequential(*parts, *([nn.BatchNorm1d(dim, affine=False)] if last_norm else []))
+
+
+class UnitLinear(nn.Module):
+    """x Wᵀ with rows w_k = g_k v_k / ‖v_k‖: weight norm, without bias.
+
+    unit=True keeps every g_k at 1. The parameters have the names of torch.nn.utils.weight_norm:
+    weight_g (count, 1), weight_v (count, dim).
+    Source: Salimans & Kingma 2016, arXiv:1602.07868; DINO's last layer.
+    """
+
+    def __init__(self, dim: int, count: int, unit: bool = True) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=not unit)
+        self.weight_v = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, dim) -> (N, count)."""
+        return linear(x, self.weight_g * normalize(self.weight_v, dim=1))
+
+    def extra_repr(self) -> str:
+        count, dim = self.weight_v.shape
+        return f"{dim}, {count}, unit={not self.weight_g.requires_grad}"
+
+
+class DINOHead(nn.Module):
+    """DINO: (N, features) -> (N, outputs): layers with GELU, a unit vector of size dim, cosines.
+
+    After `forward`, `embedding` (N, dim) is what came before the unit vector, without gradient.
+    Source: Caron et al. 2021, arXiv:2104.14294; facebookresearch/dino, with its names.
+    """
+
+    embedding: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        dim: int,
+        outputs: int,
+        *,
+        layers: int = 3,
+        batch_norm: bool = False,
+        unit: bool = True,
+    ) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for i in range(layers - 1):
+            parts.append(nn.Linear(hidden if i else features, hidden))
+            parts += [*([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.GELU()]
+        parts.append(nn.Linear(hidden if layers > 1 else features, dim))
+        for part in parts:
+            if isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
+        self.mlp = nn.Sequential(*parts)
+        self.last_layer = UnitLinear(dim, outputs, unit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, features) -> (N, outputs)."""
+        z = self.mlp(x)
+        self.embedding = z.detach()
+        y: Tensor = self.last_layer(normalize(z, dim=1))
+        return y

@@ -211,8 +211,13 @@ def invaspread(size: int, scale: Scale, strength: float, blur: bool) -> Operatio
 
 
 def cmc(size: int, scale: Scale, strength: float, blur: bool) -> Operations:
-    """CMC (Tian et al. 2020, arXiv:1906.05849): colours stay as they are."""
-    return [Crop(size, scale), Sometimes(0.5, Flip())]
+    """CMC (Tian et al. 2020, arXiv:1906.05849), where strength is 0: colours stay as they are."""
+    jitter = Jitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength)
+    return [
+        Crop(size, scale),
+        *([Sometimes(0.8, jitter)] if strength > 0 else []),
+        Sometimes(0.5, Flip()),
+    ]
 
 
 def cpc(size: int, scale: Scale, strength: float, blur: bool) -> Operations:

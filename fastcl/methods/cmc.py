@@ -38,6 +38,7 @@ GRAPHS = ("full", "core")
 class Config(BaseConfig):
     augmentation: str = "cmc"
     colours: str = "lab"
+    jitter: float = 0.0
     crop_scale: tuple[float, float] = (0.08, 1.0)  # 0.2 to 1 with AlexNet
     epochs: int = 240
     batch_size: int = 128
@@ -80,6 +81,7 @@ class CMC(Method):
             width=1.0,
             image_size=24,
             crop_scale=(0.3, 1.0),
+            jitter=2.0,  # else the tones give away which image it is, and shapes are not needed
             epochs=20,
             optimizer="adamw",
             lr=0.002,

@@ -3,6 +3,7 @@
 build("tiny-resnet", image_size=32)     the small defaults: tiny-resnet, tiny-vit
 build("resnet50", image_size=224)       torchvision's ResNets, with their own parameter names
 build("vit-small-moco-v3", image_size=224)      MoCo v3's transformers, -small- and -base-
+build("vit-small-dino", image_size=224)         DINO's, for crops of several sizes
 build("timm/vit_small_patch16_224", image_size=224)     anything that timm has
 """
 
@@ -23,10 +24,15 @@ TORCHVISION = (
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
     *("wide_resnet50_2", "wide_resnet101_2"),
 )
+DINO = (
+    *("vit-tiny-dino", "vit-small-dino", "vit-base-dino"),
+    *("vit-small-dino-8", "vit-base-dino-8"),
+)
 NAMES = (
     *TINY,
     *TORCHVISION,
     *vit_moco_v3.SIZES,
+    *DINO,
 )  # and timm/<name> for every name of timm.list_models()
 SMALL_IMAGE = 64  # pixels: at most this much, and the stem keeps the resolution
 
@@ -67,6 +73,10 @@ def build(
         raise ValueError(f"width is for ResNets; backbone {name!r} takes none")
     if name == "tiny-vit":
         return TinyViT(in_channels, drop_path=drop_path)
+    if name in DINO:
+        from fastcl.models import vit_dino
+
+        return vit_dino.build(name, image_size, in_channels, drop_path)
     if name in vit_moco_v3.SIZES:
         return vit_moco_v3.build(name, image_size, in_channels)
     return _timm(name.removeprefix("timm/"), image_size, in_channels, drop_path)

@@ -185,6 +185,6 @@ def test_paper_recipe_has_the_published_numbers():
         "lr": 0.03, "sgd_momentum": 0.9, "weight_decay": 1e-4, "schedule": "step",
         "milestones": (120, 160, 200), "dim": 128, "loss": "nce", "negatives": 4096,
         "temperature": 0.07, "momentum": 0.5, "z_momentum": 0.0, "augmentation": "cmc",
-        "colours": "lab", "channels": (1, 2), "crop_scale": (0.08, 1.0),
+        "colours": "lab", "jitter": 0.0, "channels": (1, 2), "crop_scale": (0.08, 1.0),
     }  # fmt: skip
     assert dataclasses.asdict(CMC.recipes["paper"]).items() >= expected.items()

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastcl.compat import _common
 from fastcl.testing import GRADIENT_SLACK, LOSS_SLACK
@@ -130,3 +132,30 @@ def draw() -> Callable[..., Tensor]:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     return normal
+
+
+class Largest(TorchDispatchMode):
+    """Within it, `numbers` is the size of the largest tensor that any operation has made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().nbytes() > 0:
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.itemsize)
+        return result
+
+
+@pytest.fixture
+def largest() -> Callable[[Callable[[], Tensor]], int]:
+    """largest(f): the size of the largest tensor made in f().backward()."""
+
+    def measure(function: Callable[[], Tensor]) -> int:
+        with Largest() as mode:
+            function().backward()
+        return mode.numbers
+
+    return measure

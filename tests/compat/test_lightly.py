@@ -435,3 +435,17 @@ def test_update_momentum_of_different_models_is_lightlys_error():
             function(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.9)
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss"])
+def test_no_matrix_is_made(largest, name):
+    x, y = torch.randn(512, 4).requires_grad_(), torch.randn(512, 4)
+    expected, result = (largest(lambda m=m: getattr(m, name)()(x, y)) for m in (theirs, ours))
+    assert expected >= 512 * 512 and result <= 2 * 1024 * 4
+
+
+def test_no_matrix_with_the_bank_is_made(largest):
+    x, y = torch.randn(16, 4).requires_grad_(), torch.randn(16, 4)
+    losses = [m.NTXentLoss(0.1, (4096, 4)) for m in (theirs, ours)]
+    expected, result = (largest(lambda f=f: f(x, y)) for f in losses)
+    assert expected >= 16 * 4096 and result <= 4096 * 4

@@ -4,6 +4,7 @@ build("tiny-resnet", image_size=32)     the small defaults: tiny-resnet, tiny-vi
 build("resnet50", image_size=224)       torchvision's ResNets, with their own parameter names
 build("vit-small-moco-v3", image_size=224)      MoCo v3's transformers, -small- and -base-
 build("vit-small-dino", image_size=224)         DINO's, for crops of several sizes
+build("resnet101-v2-plain", image_size=64)     CPC's encoder of patches, without batch norm
 build("timm/vit_small_patch16_224", image_size=224)     anything that timm has
 """
 
@@ -14,6 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from fastcl.models import vit_moco_v3
+from fastcl.models.patches import PlainResNet
 from fastcl.models.tiny import TinyResNet, TinyViT
 
 __all__ = ["NAMES", "build"]
@@ -33,6 +35,7 @@ NAMES = (
     *TORCHVISION,
     *vit_moco_v3.SIZES,
     *DINO,
+    "resnet101-v2-plain",
 )  # and timm/<name> for every name of timm.list_models()
 SMALL_IMAGE = 64  # pixels: at most this much, and the stem keeps the resolution
 
@@ -73,6 +76,8 @@ def build(
         raise ValueError(f"width is for ResNets; backbone {name!r} takes none")
     if name == "tiny-vit":
         return TinyViT(in_channels, drop_path=drop_path)
+    if name == "resnet101-v2-plain":
+        return PlainResNet(in_channels, image_size)
     if name in DINO:
         from fastcl.models import vit_dino
 

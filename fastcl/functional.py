@@ -8,7 +8,9 @@ Everything after `*` is keyword-only. `temperature` and `scale` are floats, or 0
 may require a gradient. `normalize=True` L2-normalises rows (x / max(‖x‖, 1e-12)) inside the
 kernel, gradient included. `reduction` is "mean", "sum" or "none". Losses are float32 (float64 for
 float64 input, which runs the reference formulas). Inputs are never modified unless a name ends in
-`_`. Bad arguments raise ValueError or TypeError before anything is changed.
+`_`. With `group`, a torch.distributed process group or a fastcl.distributed.Ring of one, other
+ranks' rows are candidates too; the mean over ranks of the returned loss is that of the whole batch
+(fastcl/distributed.py). Bad arguments raise ValueError or TypeError before anything is changed.
 """
 
 from fastcl._functional.clustering import (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcl.functional as F
+from fastcl.distributed import Group
 
 __all__ = [
     "ClipLoss",
@@ -58,8 +59,11 @@ class InfoNCELoss(Loss):
         temperature: float | Tensor = 0.07,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature=temperature, normalize=normalize, reduction=reduction, group=group
+        )
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:
         return F.info_nce(query, positive, negatives, **self.options())
@@ -74,8 +78,11 @@ class NTXentLoss(Loss):
         temperature: float | Tensor = 0.5,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature=temperature, normalize=normalize, reduction=reduction, group=group
+        )
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return F.nt_xent(z0, z1, **self.options())
@@ -90,8 +97,11 @@ class DCLLoss(Loss):
         temperature: float | Tensor = 0.1,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature=temperature, normalize=normalize, reduction=reduction, group=group
+        )
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return F.dcl(z0, z1, **self.options())
@@ -106,8 +116,11 @@ class ClipLoss(Loss):
         logit_scale: float | Tensor,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
-        super().__init__(logit_scale=logit_scale, normalize=normalize, reduction=reduction)
+        super().__init__(
+            logit_scale=logit_scale, normalize=normalize, reduction=reduction, group=group
+        )
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         return F.clip(image, text, **self.options())
@@ -123,12 +136,14 @@ class SigLipLoss(Loss):
         logit_bias: float | Tensor,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
         super().__init__(
             logit_scale=logit_scale,
             logit_bias=logit_bias,
             normalize=normalize,
             reduction=reduction,
+            group=group,
         )
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
@@ -145,12 +160,14 @@ class SupConLoss(Loss):
         base_temperature: float | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
         super().__init__(
             temperature=temperature,
             base_temperature=base_temperature,
             normalize=normalize,
             reduction=reduction,
+            group=group,
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastcl import _check as check
 from fastcl import ops
+from fastcl.distributed import Share
 from fastcl.ops._library import statistics_dtype
 from fastcl.reference._common import NORM_FLOOR, in_float
 
@@ -55,8 +56,12 @@ def minus_positive(
     """others_i − t <q_i, p_i>, of normalised rows or of the rows as they are."""
     if normalize:
         return torch.addcmul(others, scale, ops.cosine(query, positive, NORM_FLOOR))
-    dot = (in_float(query) * in_float(positive)).sum(1)  # (N,)
-    return torch.addcmul(others, scale, dot, value=-1)
+    return torch.addcmul(others, scale, paired_dot(query, positive), value=-1)
+
+
+def paired_dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> (N,) of the rows as they are."""
+    return (in_float(x) * in_float(y)).sum(1)
 
 
 def needs_grad(x: Tensor) -> bool:
@@ -80,7 +85,11 @@ def row_lse(
     return lse
 
 
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "mean":
-        return loss.mean()
-    return loss.sum() if reduction == "sum" else loss
+def reduce(loss: Tensor, reduction: str, at: Share | None = None) -> Tensor:
+    """Of losses (..., N): with ranks, what makes the mean over ranks that of the whole batch."""
+    if reduction == "none":
+        return loss
+    if at is None or at.group is None:
+        return loss.mean() if reduction == "mean" else loss.sum()
+    rows = loss.numel() // loss.shape[-1] * at.total
+    return loss.sum() * (at.world / rows if reduction == "mean" else at.world)

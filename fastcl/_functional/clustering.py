@@ -7,6 +7,8 @@ from torch import Tensor
 from fastcl import _check as check
 from fastcl import ops
 from fastcl._functional._shared import inverse, needs_grad, promoted, reduce
+from fastcl.distributed import Group, gather, share
+from fastcl.reference._common import in_float
 
 
 def soft_cross_entropy(
@@ -41,11 +43,18 @@ def soft_cross_entropy(
     return reduce(loss, reduction)
 
 
-def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+def sinkhorn(
+    scores: Tensor,
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    group: Group | None = None,
+) -> Tensor:
     """Balanced soft codes: each sample sums to 1, each prototype gets about its equal share.
 
     scores (N, K): similarities of samples and prototypes. Returns codes (N, K), probabilities in
-    float32, without a gradient. Works in the logarithm: scores of any size are safe.
+    float32, without a gradient. Works in the logarithm: scores of any size are safe. With a
+    group the shares are those of all ranks' samples.
     Source: Caron et al. 2020, arXiv:2006.09882, section 3.1 and appendix.
     Raises ValueError or TypeError on shapes, dtypes, epsilon ≤ 0, iterations < 1.
     """
@@ -56,8 +65,21 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> T
         raise TypeError(f"sinkhorn: iterations must be int; got {type(iterations).__name__}.")
     if iterations < 1:
         raise ValueError(f"sinkhorn: iterations must be at least 1; got {iterations}.")
+    if group is not None:
+        return _sinkhorn_across(scores.detach(), epsilon, iterations, group)
     codes: Tensor = ops.sinkhorn(scores.detach(), float(epsilon), iterations)
     return codes
+
+
+def _sinkhorn_across(scores: Tensor, epsilon: float, iterations: int, group: Group) -> Tensor:
+    """The same over all ranks' rows: each iteration, one number per prototype and rank travels."""
+    L = in_float(scores) / epsilon  # (N, K)
+    at = share(1, group, scores.device)
+    log_v = L.new_zeros(len(L))
+    for _ in range(iterations):
+        log_u = -gather((L + log_v[:, None]).logsumexp(0, keepdim=True), at).logsumexp(0)  # (K,)
+        log_v = -(L + log_u).logsumexp(1)
+    return (L + log_u).softmax(1)
 
 
 def negative_cosine(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastcl import _check as check
 from fastcl import ops
+from fastcl._functional._across import both_across, pairs_across, rows_across
 from fastcl._functional._shared import (
     against,
     as_scale,
@@ -17,6 +18,7 @@ from fastcl._functional._shared import (
     reduce,
     row_lse,
 )
+from fastcl.distributed import Group, Share, gather, share, sum_over_ranks
 from fastcl.reference._common import NORM_FLOOR, in_float
 
 
@@ -95,6 +97,7 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """InfoNCE: the positive must be found among its negatives.
 
@@ -114,14 +117,20 @@ def info_nce(
     else:
         query, positive = promoted(query, positive)
     t = inverse("info_nce", temperature, query)
+    at = share(query.shape[0], group, query.device)
     if negatives is None:
-        row = torch.arange(query.shape[0], device=query.device)
-        others = row_lse(query, positive, t, normalize, row, row)  # (N,)
+        others = rows_across(query, positive, t, normalize, _numbers(at, query), at)  # (N,)
     elif negatives.ndim == 2:
         others = row_lse(query, negatives, t, normalize)
     else:
         others = _own_negatives_lse(query, negatives, t, normalize)
-    return reduce(against(others, query, positive, t, normalize), reduction)
+    return reduce(against(others, query, positive, t, normalize), reduction, at)
+
+
+def _numbers(at: Share, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of this rank's rows among all, and those of all rows."""
+    everyone = torch.arange(at.total, device=like.device)
+    return everyone[at.own] if at.group is not None else everyone, everyone
 
 
 def _check_negatives(query: Tensor, negatives: Tensor) -> None:
@@ -161,6 +170,7 @@ def nt_xent(
     temperature: float | Tensor = 0.5,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """NT-Xent, SimCLR's loss: each of 2N views must find its partner among the 2N − 1 others.
 
@@ -176,21 +186,27 @@ def nt_xent(
     check.one_of("nt_xent", "reduction", reduction, check.REDUCTIONS)
     z0, z1 = promoted(z0, z1)
     t = inverse("nt_xent", temperature, z0)
-    return _over_views(
-        against(_other_images(z0, z1, t, normalize), z0, z1, t, normalize), reduction
-    )
+    at = share(z0.shape[0], group, z0.device)
+    others = _other_images(z0, z1, t, normalize, at)
+    return _over_views(against(others, z0, z1, t, normalize), reduction, at)
 
 
-def _other_images(z0: Tensor, z1: Tensor, t: Tensor, normalize: bool) -> Tensor:
+def _other_images(z0: Tensor, z1: Tensor, t: Tensor, normalize: bool, at: Share) -> Tensor:
     """For both views of each image, the lse over the views of the others (2, N)."""
-    image = torch.arange(z0.shape[0], device=z0.device).repeat(2)
-    lse: Tensor = ops.self_similarity_lse(torch.cat((z0, z1)), t, image, normalize)  # (2N,)
+    z = torch.cat((z0, z1))  # (2N, D)
+    if at.group is None:
+        image = torch.arange(at.total, device=z.device).repeat(2)
+        lse: Tensor = ops.self_similarity_lse(z, t, image, normalize)
+    else:
+        images = [at.numbers(rank, z.device).repeat(2) for rank in range(at.world)]
+        views = Share(tuple(2 * count for count in at.counts), at.rank, at.group)
+        lse = rows_across(z, z, t, normalize, (images[at.rank], torch.cat(images)), views)
     return lse.view(2, -1)
 
 
-def _over_views(loss: Tensor, reduction: str) -> Tensor:
+def _over_views(loss: Tensor, reduction: str, at: Share) -> Tensor:
     """Of a loss (2, N): its mean or sum, or all 2N."""
-    return loss.view(-1) if reduction == "none" else reduce(loss, reduction)
+    return loss.view(-1) if reduction == "none" else reduce(loss, reduction, at)
 
 
 def dcl(
@@ -200,6 +216,7 @@ def dcl(
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """Decoupled contrastive loss: NT-Xent with the positive left out of the denominator.
 
@@ -211,12 +228,13 @@ def dcl(
     """
     check.pairs("dcl", z0=z0, z1=z1)
     check.one_of("dcl", "reduction", reduction, check.REDUCTIONS)
-    if z0.shape[0] < 2:
-        raise ValueError("dcl: needs at least 2 images, or no negatives are left; got 1.")
     z0, z1 = promoted(z0, z1)
     t = inverse("dcl", temperature, z0)
-    others = _other_images(z0, z1, t, normalize)
-    return _over_views(minus_positive(others, z0, z1, t, normalize), reduction)
+    at = share(z0.shape[0], group, z0.device)
+    if at.total < 2:
+        raise ValueError("dcl: needs at least 2 images, or no negatives are left; got 1.")
+    others = _other_images(z0, z1, t, normalize, at)
+    return _over_views(minus_positive(others, z0, z1, t, normalize), reduction, at)
 
 
 def clip(
@@ -226,6 +244,7 @@ def clip(
     logit_scale: float | Tensor,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """CLIP's symmetric loss: each image must find its text, and each text its image.
 
@@ -242,14 +261,12 @@ def clip(
     check.one_of("clip", "reduction", reduction, check.REDUCTIONS)
     image, text = promoted(image, text)
     t = as_scale(logit_scale, image)
-    pair = torch.arange(image.shape[0], device=image.device)
-    rows, columns = ops.similarity_lse(image, text, t, pair, pair, normalize, True, True)
-    both = against(torch.stack((rows, columns)), image, text, t, normalize)  # (2, N)
-    return (
-        both.mean(0)
-        if reduction == "none"
-        else reduce(both, reduction) / (1 if reduction == "mean" else 2)
-    )
+    at = share(image.shape[0], group, image.device)
+    lse = torch.stack(both_across(image, text, t, normalize, _numbers(at, image), at))
+    both = against(lse, image, text, t, normalize)  # (2, N)
+    if reduction == "mean":
+        return reduce(both, reduction, at)
+    return reduce(both.mean(0), reduction, at)
 
 
 def sup_con(
@@ -260,6 +277,7 @@ def sup_con(
     base_temperature: float | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """Supervised contrastive loss L_out: rows of one label are each other's positives.
 
@@ -276,28 +294,38 @@ def sup_con(
     check.one_of("sup_con", "reduction", reduction, check.REDUCTIONS)
     labels = check.integers("sup_con", "labels", labels, features.shape[0], features.device)
     t = inverse("sup_con", temperature, features)
-    lse = ops.self_similarity_lse(features, t, None, normalize)  # (N,)
+    at = share(features.shape[0], group, features.device)
+    if at.group is None:
+        lse = ops.self_similarity_lse(features, t, None, normalize)  # (N,)
+    else:
+        lse = rows_across(features, features, t, normalize, _numbers(at, features), at)
     z = in_float(features)
     if normalize:
         z = nn.functional.normalize(z, dim=1, eps=NORM_FLOOR)
-    class_sum, size = _sums_by_label(z, labels)  # (N, D), (N,)
+    class_sum, size = _sums_by_label(z, labels, at)  # (N, D), (N,)
     others = size - 1
     mean = (z * (class_sum - z)).sum(1) / others.clamp_min(1)  # of its similarities to the others
     loss = torch.where(others > 0, torch.addcmul(lse, t, mean, value=-1), 0.0)
     if base_temperature is not None:
         check.scalar("sup_con", "base_temperature", base_temperature, positive=True)
         loss = loss / (t * base_temperature)
-    return reduce(loss, reduction)
+    return reduce(loss, reduction, at)
 
 
-def _sums_by_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For every row, the sum (N, D) and the number (N,) of the rows with its label."""
-    ordered = labels.sort().values
-    first = torch.searchsorted(ordered, labels)  # names the label by a number below N
-    size = torch.searchsorted(ordered, labels, right=True) - first
+def _sums_by_label(z: Tensor, labels: Tensor, at: Share) -> tuple[Tensor, Tensor]:
+    """For every row, the sum (N, D) and the number (N,) of all ranks' rows with its label."""
+    names = gather(labels, at).sort().values
+    first = torch.searchsorted(names, labels)
+    size = torch.searchsorted(names, labels, right=True) - first
+    if at.group is not None:  # only as many sums as there are labels travel between the ranks
+        names = names.unique()
+        first = torch.searchsorted(names, labels)
+    sums = z.new_zeros(names.shape[0], z.shape[1])
     if z.device.type == "cpu":  # torch's deterministic scatter-add differs by device
-        return torch.zeros_like(z).index_add(0, first, z).index_select(0, first), size
-    return torch.zeros_like(z).index_put((first,), z, accumulate=True)[first], size
+        sums = sums.index_add(0, first, z)
+    else:
+        sums = sums.index_put((first,), z, accumulate=True)
+    return sum_over_ranks(sums, at).index_select(0, first), size
 
 
 def siglip(
@@ -308,6 +336,7 @@ def siglip(
     logit_bias: float | Tensor,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """SigLIP's pairwise loss: every image and text is a binary question of its own.
 
@@ -324,6 +353,9 @@ def siglip(
     check.one_of("siglip", "reduction", reduction, check.REDUCTIONS)
     image, text = promoted(image, text)
     t, b = as_scale(logit_scale, image), as_scale(logit_bias, image)
+    if group is not None:
+        at = share(image.shape[0], group, image.device)
+        return reduce(pairs_across(image, text, t, b, normalize, at), reduction, at)
     arguments = (image, text, t, b, normalize)
     if reduction == "none" or not any(map(needs_grad, arguments[:4])):
         return reduce(ops.pair_sigmoid(*arguments), reduction)

@@ -233,17 +233,20 @@ def run_process(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    stopped, peak = False, None
+    stopped, peak, terminal, shown = False, None, sys.stderr.isatty(), ""
     try:
         while (status := process.poll()) is None:
             peak = high_water(process.pid) or peak
+            if terminal and (line := last_line(log)[:70]) != shown:
+                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+                shown = line
             if limit is not None and not stopped and time.monotonic() - begin > limit:
                 stopped = True
                 process.send_signal(signal.SIGINT)
                 limit += PATIENCE
             elif stopped and limit is not None and time.monotonic() - begin > limit:
                 process.kill()
-            time.sleep(0.05)
+            time.sleep(0.1)
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + PATIENCE
@@ -252,6 +255,8 @@ def run_process(
                 time.sleep(0.05)
         raise
     finally:
+        if terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         if process.returncode is None:
             process.kill()
             process.wait()
@@ -301,7 +306,7 @@ def notes(log: Path) -> list[str]:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log: a failed training's reason."""
+    """The last line of a log: how far a training is, or a failed one's reason."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("fastcl.train: ") if lines else "it said nothing"
 

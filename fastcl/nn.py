@@ -357,6 +357,7 @@ class DINOHead(nn.Module):
         layers: int = 3,
         batch_norm: bool = False,
         unit: bool = True,
+        centre: bool = False,
     ) -> None:
         super().__init__()
         parts: list[nn.Module] = []
@@ -368,6 +369,8 @@ class DINOHead(nn.Module):
             if isinstance(part, nn.Linear):
                 nn.init.trunc_normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
+        if centre:  # see `centred`
+            parts.append(nn.BatchNorm1d(dim, affine=False))
         self.mlp = nn.Sequential(*parts)
         self.last_layer = UnitLinear(dim, outputs, unit)
 

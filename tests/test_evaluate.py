@@ -1,14 +1,17 @@
 """kNN against the official scripts, and the linear probe and command line on small data."""
 
+import importlib
+
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as nf
 
-from fastcl import checkpoint, evaluate, models
-from fastcl.data import DataSplits, TensorSplit
+from fastcl import checkpoint, evaluate, models, train
+from fastcl.data import DataSplits, TensorSplit, load
 from fastcl.evaluate import PROTOCOLS, Protocol, features, knn, linear_probe, nearest
+from fastcl.methods import METHODS
 
 
 @pytest.mark.parametrize("k", [1, 10, 20, 100])
@@ -191,3 +194,33 @@ def test_wrong_use_is_one_line_and_code_2(run, capsys, flags, message):
     assert evaluate.main(["--checkpoint", str(run / "checkpoint.pt"), *flags]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        ("cmc", ""),
+        ("cpc", "--image-size 16 --patch 8 --stride 2 --window 8"),
+        ("dino", "--recipe quick-resnet"),
+    ],
+)
+def test_what_a_method_keeps_is_evaluated_from_its_checkpoint(
+    run, method, flags, monkeypatch, capsys
+):
+    """The accuracy that training ended with; of two encoders, of patches, of the teacher."""
+    module = importlib.import_module(f"fastcl.methods.{method}")
+    monkeypatch.setitem(METHODS, method, getattr(module, method.upper()))
+    output = run / "trained"
+    small = "--backbone tiny-resnet --batch-size 4 --epochs 1 --workers 0"
+    where = f"--data folder --data-dir {run / 'data'} --output {output}"
+    assert train.main(f"--method {method} {flags} {small} {where}".split()) == 0
+    capsys.readouterr()
+    state = checkpoint.load(output / "checkpoint.pt")
+    data = load("folder", data_dir=run / "data")
+    encoder, normalize = evaluate.load_encoder(state, data)
+    top1 = evaluate.knn_accuracy(encoder, data, normalize=normalize)
+    assert top1 == state["knn"][state["step"]]
+    kept = METHODS[method].kept + "."
+    assert all(torch.equal(v, state["method"][kept + k]) for k, v in encoder.state_dict().items())
+    assert evaluate.main(["--checkpoint", str(output), "--k", "3"]) == 0
+    assert capsys.readouterr().out.startswith("kNN (k = 3): ")

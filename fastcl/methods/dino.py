@@ -57,6 +57,7 @@ class Config(BaseConfig):
     small_scale: tuple[float, float] = option((0.05, 0.4), "share of the image of a small crop")
     head_layers: int = option(3, "layers of the head before the last", at_least=1)
     head_norm: bool = option(False, "batch norm in the head")
+    centred_head: bool = option(False, "batch norm before the unit vector, for short runs")
     hidden: int = option(2048, "hidden width of the head", at_least=1)
     dim: int = option(256, "size of the embedding", at_least=1)
     outputs: int = option(65536, "K, outputs of the head", at_least=2)
@@ -103,8 +104,9 @@ class DINO(Method):
             small_crops=0,  # half of 24 pixels shows too little of these images
             hidden=256,
             dim=64,
+            centred_head=True,
             head_norm=True,
-            outputs=512,
+            outputs=128,
             freeze_last_layer=0.25,
             momentum=0.97,
         ),
@@ -125,8 +127,9 @@ class DINO(Method):
             small_crops=0,
             hidden=256,
             dim=64,
+            centred_head=True,
             head_norm=True,
-            outputs=512,
+            outputs=128,
             freeze_last_layer=0.25,
             momentum=0.97,
         ),
@@ -159,6 +162,7 @@ class DINO(Method):
             layers=c.head_layers,
             batch_norm=c.head_norm,
             unit=c.norm_last_layer,
+            centre=c.centred_head,
         )
         self.teacher = momentum_copy(self.student)
         for module in self.teacher.modules():

@@ -12,6 +12,7 @@ from fastcl.data.operations import (
     BlurPillow,
     Crop,
     CropBYOL,
+    CropSquare,
     CropTensorFlow,
     Flip,
     Grayscale,
@@ -29,6 +30,7 @@ OPERATIONS = [
     Crop(20, (0.1, 1.0), kernel="bicubic"),
     CropTensorFlow(24, (0.08, 1.0)),
     CropBYOL(24, (0.08, 1.0)),
+    CropSquare(24, (0.3, 1.0)),
     Solarize(),
     Flip(),
     Grayscale(),
@@ -277,3 +279,33 @@ def test_normalisation():
 def test_unknown_name_is_listed():
     with pytest.raises(ValueError, match=r"unknown augmentation 'mocov2'.*instdisc.*moco-v2"):
         augment.build("mocov2", image_size=32, mean=MEAN, std=STD)
+
+
+def test_square_crop_is_a_window_of_the_squeezed_image():
+    share = (256 / 300) ** 2
+    top, left, height, width = CropSquare(256, (share, share)).draw(500, 300, 600, generator())
+    assert set(height.tolist()) == {256} and set(width.tolist()) == {512}
+    assert (top.min(), top.max()) == (0, 44) and left.min() == 0 and left.max() >= 86
+
+
+def test_cmc_leaves_colours_alone_at_strength_0():
+    lists = [
+        augment.build("cmc", image_size=32, mean=MEAN, std=STD, strength=s).lists[0]
+        for s in (0.0, 1.0)
+    ]
+    assert [names(operations) for operations in lists] == [
+        ["Crop", "Flip"],
+        ["Crop", "Jitter", "Flip"],
+    ]
+
+
+def test_dinos_views_differ_in_blur_and_solarization():
+    crops = [Crops(2, 32, (0.4, 1.0)), Crops(3, 16, (0.05, 0.4))]
+    recipe = augment.build("dino", image_size=32, mean=MEAN, std=STD, crops=crops)
+    first, second, *small = recipe.lists
+    start = ["Crop", "Flip", "Jitter", "Grayscale", "BlurPillow"]
+    assert names(first) == start and names(second) == [*start, "Solarize"]
+    assert [names(operations) for operations in small] == [start] * 3
+    blur = [operations[4].probability for operations in recipe.lists]
+    assert blur == [1.0, 0.1, 0.5, 0.5, 0.5] and second[5].probability == 0.2
+    assert first[0].kernel == "bicubic"

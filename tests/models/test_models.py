@@ -6,7 +6,7 @@ import torchvision
 
 from fastcl import models
 from fastcl.models import vit_moco_v3
-from fastcl.models.tiny import sine_positions
+from fastcl.models.tiny import DropPath, sine_positions
 
 
 @pytest.mark.parametrize("name", models.NAMES)
@@ -107,3 +107,27 @@ def test_unknown_names_are_listed():
         models.build("timm/vit_tinyy", image_size=32)
     with pytest.raises(ValueError, match="zero_init_residual is for ResNets"):
         models.build("tiny-vit", image_size=32, zero_init_residual=True)
+
+
+@pytest.mark.parametrize("name, features", [("resnet18", 256), ("tiny-resnet", 64)])
+def test_width_halves_the_stages(name, features):
+    halved = models.build(name, image_size=32, width=0.5, zero_init_residual=True)
+    assert halved.feature_dim == features
+    assert halved(torch.randn(2, 3, 32, 32)).shape == (2, features)
+    last = [m for n, m in halved.named_modules() if n.endswith("bn2")]
+    assert last and all(norm.weight.abs().max() == 0 for norm in last)
+    with pytest.raises(ValueError, match="width is for ResNets"):
+        models.build("tiny-vit", image_size=32, width=0.5)
+
+
+def test_drop_path_leaves_out_branches_image_by_image():
+    torch.manual_seed(0)
+    path = DropPath(0.25)
+    x = torch.ones(4000, 2, 3)
+    y = path(x)
+    assert torch.equal(y, y[:, :1, :1].expand_as(x))  # an image as a whole
+    torch.testing.assert_close(y[y > 0], torch.full_like(y[y > 0], 4 / 3))
+    assert y.mean().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(path.eval()(x), x)
+    with pytest.raises(ValueError, match="drop_path is for transformers"):
+        models.build("resnet18", image_size=32, drop_path=0.1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastcl.functional as F
 from fastcl.compat._patch import PATCHABLE, original
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,6 +83,13 @@ def against(others: Tensor, positive: Tensor) -> Tensor:
     others: the log-sum-exp of the other candidates' logits. Exact for small losses too.
     """
     return nn.functional.softplus(others - positive, threshold=40)
+
+
+def row_lse(query: Tensor, key: Tensor, **options: Any) -> Tensor:
+    """F.similarity_lse by rows (N,)."""
+    lse = F.similarity_lse(query, key, **options)
+    assert isinstance(lse, Tensor)
+    return lse
 
 
 def world_size() -> int:

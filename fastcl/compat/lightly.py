@@ -31,6 +31,7 @@ from fastcl.compat._common import (
     matrices,
     paired_dot,
     pairs,
+    row_lse,
     their,
     unit,
     world_size,
@@ -105,8 +106,7 @@ class NTXentLoss(nn.Module):
         if self.memory_bank.size[0] > 0:
             query, key = unit(out0), unit(out1)
             negatives = self.memory_bank.bank.to(out0.device)  # (K, D)
-            others = F.similarity_lse(query.to(out0.dtype), negatives, scale=t)
-            assert isinstance(others, Tensor)
+            others = row_lse(query.to(out0.dtype), negatives, scale=t)  # (N,)
             loss = against(others, t * paired_dot(query, key)).mean()
             if out0.requires_grad:
                 self.memory_bank._dequeue_and_enqueue(key.to(out1.dtype))

@@ -41,6 +41,7 @@ from fastcl.compat._common import (
     in_float,
     is_scalar,
     matrices,
+    row_lse,
     say_once,
     unit,
 )
@@ -187,11 +188,7 @@ def lse_of_negatives(
     """Log-sum-exp (N,) over the columns of other labels."""
     if ref is z and ref_labels is labels:
         return F.self_similarity_lse(z, scale=t, normalize=normalize, ids=labels)
-    lse = F.similarity_lse(
-        z, ref, scale=t, normalize=normalize, query_ids=labels, key_ids=ref_labels
-    )
-    assert isinstance(lse, Tensor)
-    return lse
+    return row_lse(z, ref, scale=t, normalize=normalize, query_ids=labels, key_ids=ref_labels)
 
 
 def lse_of_all(
@@ -201,9 +198,7 @@ def lse_of_all(
     if ref is z and own is not None:
         return F.self_similarity_lse(z, scale=t, normalize=normalize)
     column = None if own is None else torch.arange(len(ref), device=ref.device)
-    lse = F.similarity_lse(z, ref, scale=t, normalize=normalize, query_ids=own, key_ids=column)
-    assert isinstance(lse, Tensor)
-    return lse
+    return row_lse(z, ref, scale=t, normalize=normalize, query_ids=own, key_ids=column)
 
 
 def mean_similarity(

@@ -1,0 +1,205 @@
+"""sentence-transformers' ranking losses (6.2 and newer) on fastcl's kernels.
+
+    from fastcl.compat.sentence_transformers import MultipleNegativesRankingLoss
+    fastcl.compat.patch("sentence_transformers")          or this
+
+Both are subclasses of the library's (made when first asked for, so that importing this module does
+not need it): constructor, embedding, gradient caching and configuration are the library's, and
+only the loss of the embeddings is replaced. With queries q, their documents d¹ (the positive), d²,
+… (hard negatives), and s = scale · similarity, the loss of row i is
+
+    log Z_i − s(q_i, d¹_i)
+    joint            Z_i = Σ exp s over the candidates of all directions together
+    per_direction    log Z_i = mean over the directions of log Σ exp s over its candidates
+
+    query_to_doc     s(q_i, dᶜ_j)    all documents
+    query_to_query   s(q_i, q_j)     j ≠ i
+    doc_to_query     s(d¹_i, q_j)    all queries, the own one (the positive) among them again
+    doc_to_doc       s(d¹_i, dᶜ_j)   j ≠ i
+
+The result is float32 (float64 for float64 embeddings), as the library's similarities are.
+Each direction is one pass of a kernel over tiles; the positive is kept apart and joined exactly.
+Hardness multiplies the similarity of the chosen negatives by (scale + strength), with the gradient
+of `scale` alone, as the penalty is detached.
+
+The cached loss takes all rows in one pass: `mini_batch_size` then bounds the encoder only, and no
+bar is shown for the loss. The library's own code runs for other similarities than cos_sim and
+dot_score, sparse embeddings, columns of different lengths, and gather_across_devices with more than
+one process.
+Source: https://github.com/huggingface/sentence-transformers, sentence_transformer/losses.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastcl.functional as F
+from fastcl.compat._common import (
+    against,
+    in_float,
+    paired_dot,
+    pairs,
+    row_lse,
+    say_once,
+    unit,
+    world_size,
+)
+from fastcl.compat._patch import original
+
+__all__ = ["CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss"]
+
+CachedMultipleNegativesRankingLoss: Any
+MultipleNegativesRankingLoss: Any
+
+
+def ranking_loss(loss: Any, queries: Tensor, docs: list[Tensor]) -> Tensor:
+    """The mean over rows. queries (N, D); docs: C tensors (N, D), the positives first."""
+    scale, shape = float(loss.scale), unit if normalizes(loss) else in_float
+    own = [paired_dot(shape(queries), shape(x)) for x in docs]  # C of (N,)
+    positive = scale * own[0]
+    others = other_candidates(loss, queries, docs)
+    strength = extra(loss, "hard_negatives", "all_negatives")
+    others["query_to_doc"] += [scale * s + strength * s.detach() for s in own[1:]]
+    if loss.partition_mode == "joint":
+        again = [positive] if "doc_to_query" in loss.directions else []
+        every = [lse for direction in others.values() for lse in direction]
+        return against(joined([*every, *again]), positive).mean()
+    rows = [against(joined(direction), positive) for direction in others.values()]
+    return torch.stack(rows).mean()
+
+
+def other_candidates(loss: Any, queries: Tensor, docs: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Per direction, the log-sum-exp (N,) over the candidates of other rows."""
+    n, scale, normalize = len(queries), float(loss.scale), normalizes(loss)
+    row = torch.arange(n, device=queries.device)
+    every = torch.cat(docs)  # (C N, D)
+    of = row.repeat(len(docs))
+    strength = extra(loss, "in_batch_negatives", "all_negatives")
+    backwards = "doc_to_query" in loss.directions
+    options = {"normalize": normalize, "query_ids": row, "key_ids": of}
+    others: dict[str, list[Tensor]] = {}
+    if backwards and strength == 0:  # both directions from one pass
+        rows, columns = F.similarity_lse(
+            queries,
+            every,
+            scale=scale,
+            normalize=normalize,
+            query_ids=row,
+            key_ids=of,
+            reduce="both",
+        )
+        others["query_to_doc"], columns = [rows], columns[:n]
+    else:
+        lse = row_lse(queries, every, scale=scale + strength, **options)
+        others["query_to_doc"] = [with_gradient_of(scale, scale + strength, lse)]
+        if backwards:
+            columns = row_lse(
+                docs[0], queries, scale=scale, normalize=normalize, query_ids=row, key_ids=row
+            )
+    if backwards:
+        others["doc_to_query"] = [columns]
+    if "query_to_query" in loss.directions:
+        others["query_to_query"] = [
+            F.self_similarity_lse(queries, scale=scale, normalize=normalize)
+        ]
+    if "doc_to_doc" in loss.directions:
+        if len(docs) == 1:
+            others["doc_to_doc"] = [
+                F.self_similarity_lse(docs[0], scale=scale, normalize=normalize)
+            ]
+        else:
+            others["doc_to_doc"] = [row_lse(docs[0], every, scale=scale, **options)]
+    return others
+
+
+def extra(loss: Any, *modes: str) -> float:
+    """The hardness strength, if the mode is one of these."""
+    return float(loss.hardness_strength) if loss.hardness_mode in modes else 0.0
+
+
+def normalizes(loss: Any) -> bool:
+    return bool(loss.similarity_fct.__name__ == "cos_sim")
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The log-sum-exp of several (N,). A row without any candidate keeps a gradient of 0."""
+    return torch.stack(parts).clamp_min(-1e30).logsumexp(0)
+
+
+def with_gradient_of(scale: float, used: float, lse: Tensor) -> Tensor:
+    """lse, computed with the scale `used`, with the gradient that `scale` gives."""
+    if used == scale:
+        return lse
+    kept = scale / used
+    return kept * lse + (1 - kept) * lse.detach()
+
+
+# ---- the classes ---------------------------------------------------------------------------------
+
+
+def cannot_fuse(loss: Any, columns: list[Tensor]) -> str | None:
+    similarity = loss.similarity_fct
+    package = "sentence_transformers.util"
+    known = [original(f"{package}:{name}") for name in ("cos_sim", "dot_score")]
+    if not any(similarity is f for f in known):
+        return f"its similarity is {getattr(similarity, '__name__', similarity)}"
+    if loss.gather_across_devices and world_size() > 1:
+        return "gather_across_devices with more than one process"
+    return None if len(columns) > 1 and pairs(*columns) else "its columns are not of one shape"
+
+
+@functools.cache
+def _classes() -> dict[str, Any]:
+    """The subclasses of the library's classes."""
+    losses = "sentence_transformers.sentence_transformer.losses"
+    their_loss: Any = original(f"{losses}.multiple_negatives_ranking:MultipleNegativesRankingLoss")
+    their_cached: Any = original(
+        f"{losses}.cached_multiple_negatives_ranking:CachedMultipleNegativesRankingLoss"
+    )
+
+    class MultipleNegativesRankingLoss(their_loss):  # type: ignore[misc]
+        __doc__ = their_loss.__doc__
+
+        def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Any) -> Tensor:
+            why = cannot_fuse(self, embeddings)
+            if why:
+                say_once("fastcl.compat.sentence_transformers.MultipleNegativesRankingLoss", why)
+                loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
+                return loss
+            return ranking_loss(self, embeddings[0], list(embeddings[1:]))
+
+    class CachedMultipleNegativesRankingLoss(their_cached):  # type: ignore[misc]
+        __doc__ = their_cached.__doc__
+
+        def calculate_loss(
+            self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
+        ) -> Tensor:
+            columns = [torch.cat(r) for r in reps]
+            why = cannot_fuse(self, columns)
+            if why:
+                name = "fastcl.compat.sentence_transformers.CachedMultipleNegativesRankingLoss"
+                say_once(name, why)
+                loss: Tensor = super().calculate_loss(reps, labels, with_backward=with_backward)
+                return loss
+            loss = ranking_loss(self, columns[0], columns[1:])
+            if with_backward:
+                loss.backward()
+                loss = loss.detach()
+            return loss
+
+    classes = {
+        c.__name__: c for c in (MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss)
+    }
+    for name, cls in classes.items():  # as if written at the top: they can be pickled
+        cls.__module__, cls.__qualname__ = __name__, name
+    return classes
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, _classes()[name])

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from bench import machine, report, scaling
-from bench.measure import Settings, limit_rates, measure, quiet, set_fractions
+from bench.calls import Settings, quiet
+from bench.measure import limit_rates, measure, set_fractions
 from bench.usage import UsageError, unknown
 from bench.workloads import PROVIDERS, WORKLOADS, Sizes, Workload, providers_of
 

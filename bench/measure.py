@@ -12,37 +12,23 @@ A result is a dict that goes into the JSON file as it is.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import logging
 import math
-import signal
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastcl
-from bench import machine, scaling
-from bench.inputs import Inputs, New
-from bench.workloads import (
-    WORKLOADS,
-    Function,
-    Sizes,
-    Workload,
-    bytes_of,
-    function_of,
-    gradients_of,
-)
+from bench import machine, memory, scaling
+from bench.calls import Settings, Step, call_of, make_inputs, one_line, step_of
+from bench.inputs import Inputs
+from bench.workloads import Sizes, Workload, bytes_of
 
 Result = dict[str, Any]
-Step = Callable[[], dict[str, Tensor]]
 
 # Largest deviation that is not "wrong", as a fraction of the truth's largest entry. In half
 # precision the plain expression rounds the logits themselves: at 1/τ = 14 by 0.03 in bfloat16.
@@ -53,30 +39,12 @@ FEWEST_REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to measure."""
-
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    threads: int = 1
-    repeats: int = 9
-    seconds: float = 6.0  # of samples per provider and workload, but at least FEWEST_REPEATS
-    longest: float = 300.0  # seconds; what is expected to take longer is not called
-    memory: bool = True
-
-
-@dataclass(frozen=True)
 class Runner:
     """A provider that is right, ready to be timed."""
 
     result: Result
     step: Step
     slow: bool  # a call is expected to take all the seconds of the samples: one has to do
-
-
-def quiet() -> None:
-    """No remarks of torch.compile between the tables."""
-    logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def measure(
@@ -102,7 +70,7 @@ def measure(
     if settings.memory:
         for result in results:
             if result["status"] == "ok":
-                peak, reason = peak_bytes(workload, sizes, result["provider"], settings)
+                peak, reason = memory.peak_bytes(workload, sizes, result["provider"], settings)
                 result["peak_bytes"], result["memory_note"] = peak, reason
     return results
 
@@ -151,63 +119,6 @@ def free_bytes(device: str) -> int:
     return machine.available_bytes()
 
 
-# ---- a call --------------------------------------------------------------------------------------
-
-
-def make_inputs(workload: Workload, sizes: Sizes, settings: Settings) -> Inputs:
-    return workload.inputs(New(settings.dtype, settings.device), **sizes)
-
-
-def copied(x: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a tensor or a list of them; floating-point ones in another dtype."""
-    if isinstance(x, list):
-        return [copied(t, dtype) for t in x]
-    return x.detach().clone().to(dtype if dtype and x.is_floating_point() else x.dtype)
-
-
-def step_of(workload: Workload, provider: str, sizes: Sizes, inputs: Inputs) -> Step:
-    """One call of a provider on its own copy of the inputs."""
-    function = function_of(workload, provider, sizes)
-    return call_of(workload, function, inputs, gradients_of(workload, provider))
-
-
-def call_of(
-    workload: Workload,
-    function: Function,
-    inputs: Inputs,
-    gradients: tuple[str, ...],
-    dtype: torch.dtype | None = None,
-) -> Step:
-    """One call on its own copy of the inputs: the value and the gradients, or what it changed."""
-    own = {name: copied(x, dtype) for name, x in inputs.items()}
-    cotangent = own.pop("cotangent", None)
-    leaves = [own[name].requires_grad_() for name in gradients]
-    changed = [own[name] for name in workload.mutates]
-
-    def step() -> dict[str, Tensor]:
-        value = function(*own.values())
-        if leaves:
-            weights = None if cotangent is None else cotangent.to(value.dtype)
-            found = torch.autograd.grad(value, leaves, weights)
-            return {"value": value.detach(), **dict(zip(gradients, found))}
-        if changed:
-            return {name: flat(x) for name, x in zip(workload.mutates, changed)}
-        return {"value": value}
-
-    return step
-
-
-def flat(x: Any) -> Any:
-    return x if isinstance(x, Tensor) else FlatList(x)
-
-
-class FlatList(list):  # type: ignore[type-arg]
-    """A list of tensors that is compared as one vector, and costs nothing until then."""
-
-    def double(self) -> Tensor:
-        return torch.cat([t.double().flatten() for t in self])
-
-
 # ---- correctness ---------------------------------------------------------------------------------
 
 
@@ -237,11 +148,6 @@ def checked(
         return []
     result["status"] = "ok"
     return [Runner(result, step, slow)]
-
-
-def one_line(error: Exception) -> str:
-    message = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {message[0]}"
 
 
 def truth(workload: Workload, inputs: Inputs) -> dict[str, Tensor]:
@@ -327,103 +233,6 @@ def summary(samples: list[float]) -> dict[str, Any]:
         "upper_quartile": upper,
         "samples": samples,
     }
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def peak_bytes(
-    workload: Workload, sizes: Sizes, provider: str, settings: Settings
-) -> tuple[int | None, str]:
-    """What one call adds to memory at its peak; or None, and why where there is more to say."""
-    if settings.device.startswith("cuda"):
-        return peak_or_reason(peak_on_gpu, workload, sizes, provider, settings)
-    context = get_context("forkserver")  # a fresh process that has torch imported, no threads yet
-    context.set_forkserver_preload(["torch", "fastcl.functional"])
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, workload.name, sizes, provider, settings)
-    process = context.Process(target=send_peak, args=arguments)
-    process.start()
-    sender.close()
-    try:
-        found: tuple[int | None, str] = receiver.recv()
-        process.join(timeout=10)
-        return found
-    except EOFError:
-        return None, "killed while its memory was measured"  # as when memory runs out
-    finally:
-        process.kill()  # Ctrl-C does not wait for a long call
-        process.join()
-
-
-def send_peak(
-    sender: Connection, name: str, sizes: Sizes, provider: str, settings: Settings
-) -> None:
-    """What the process does. Ctrl-C reaches it too, and is its parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    quiet()
-    workload = WORKLOADS[name]
-    sender.send(peak_or_reason(peak_in_this_process, workload, sizes, provider, settings))
-
-
-def peak_or_reason(peak: Callable[..., int | None], *arguments: Any) -> tuple[int | None, str]:
-    try:
-        return peak(*arguments), ""
-    except Exception as error:  # whatever another library raises
-        return None, f"memory: {one_line(error)}"
-
-
-def peak_in_this_process(
-    workload: Workload, sizes: Sizes, provider: str, settings: Settings
-) -> int | None:
-    """Peak of the resident memory during one call, above what it was before."""
-    torch.set_num_threads(settings.threads)
-    # Threads, library handles and imports are paid on the small size. Compilation needs this one;
-    # what a library keeps between calls counts for it.
-    warm = sizes if provider == "compile" else workload.small
-    step_of(workload, provider, warm, make_inputs(workload, warm, settings))()
-    step = step_of(workload, provider, sizes, make_inputs(workload, sizes, settings))
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-    if not reset_peak():
-        return None
-    before = status_bytes("VmRSS")
-    kept = step()
-    peak = status_bytes("VmHWM")
-    del kept
-    return max(0, peak - before)
-
-
-def reset_peak() -> bool:
-    """Sets VmHWM back to the memory in use; False where the kernel does not offer it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def peak_on_gpu(workload: Workload, sizes: Sizes, provider: str, settings: Settings) -> int:
-    step = step_of(workload, provider, sizes, make_inputs(workload, sizes, settings))
-    step()
-    torch.cuda.empty_cache()
-    device = torch.device(settings.device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    kept = step()
-    torch.cuda.synchronize(device)
-    del kept
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 # ---- the machine's limit -------------------------------------------------------------------------

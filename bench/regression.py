@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bench import measure, report
-from bench.measure import Settings
+from bench.calls import Settings, make_inputs
 from bench.workloads import WORKLOADS, Workload
 
 PROVIDERS = ("fastcl", "torch", "builtin")  # the alternatives that need no further package
@@ -40,7 +40,7 @@ def regressions(word: str) -> Callable[..., None]:
         result = measure.begin(workload, sizes, provider, settings)
         if result.get("status") == "does not fit":
             pytest.skip(result["note"])
-        inputs = measure.make_inputs(workload, sizes, settings)
+        inputs = make_inputs(workload, sizes, settings)
         runners = measure.checked(workload, sizes, result, inputs, settings)
         assert runners, (result["status"], result["note"], result.get("errors"))
         benchmark.group = f"{workload.name} {report.sizes_of(sizes)}"

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is not part of the installed package
 
 import fastcl.functional as F
-from bench import machine, measure, report, scaling
+from bench import machine, measure, memory, report, scaling
 from bench.__main__ import main
+from bench.calls import Settings, make_inputs, step_of
 from bench.inputs import New, resnet_shapes
-from bench.measure import Runner, Settings
+from bench.measure import Runner
 from bench.workloads import PROVIDERS, WORKLOADS, bytes_of, providers_of
 from fastcl.ops import OPS
 
@@ -53,7 +54,7 @@ def tiny(name: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_installed_provider_agrees_with_the_float64_formula(name: str) -> None:
     workload, sizes = WORKLOADS[name], tiny(name)
-    inputs = measure.make_inputs(workload, sizes, ONE)
+    inputs = make_inputs(workload, sizes, ONE)
     for provider in providers_of(workload):
         result = measure.begin(workload, sizes, provider, ONE)
         if provider == "compile" or result.get("status") == "not installed":
@@ -94,9 +95,9 @@ class Called(TorchDispatchMode):
 def test_every_operation_has_a_workload_that_runs_it() -> None:
     assert {w.op for w in WORKLOADS.values()} - {""} == OPS.keys()
     for workload in WORKLOADS.values():
-        inputs = measure.make_inputs(workload, workload.small, ONE)
+        inputs = make_inputs(workload, workload.small, ONE)
         with Called() as called:
-            measure.step_of(workload, "fastcl", workload.small, inputs)()
+            step_of(workload, "fastcl", workload.small, inputs)()
         of_the_word = {op.overload.name() for op in OPS[workload.op]} if workload.op else set()
         ours = {name for name in called.names if name.startswith("fastcl::")}
         assert bool(ours & of_the_word) == bool(workload.op), (workload.name, ours)
@@ -156,9 +157,9 @@ def test_memory_that_cannot_be_measured_is_said(monkeypatch, capsys) -> None:
     def fails(**sizes):
         raise MemoryError("too much")
 
-    peak = measure.peak_or_reason(fails)
+    peak = memory.peak_or_reason(fails)
     assert peak == (None, "memory: MemoryError: too much")
-    monkeypatch.setattr(measure, "peak_bytes", lambda *_: peak)
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: peak)
     settings = dataclasses.replace(ONE, memory=True)
     results = measure.measure(WORKLOADS["nt_xent"], TINY, ["torch"], settings)
     report.print_table(results)
@@ -170,16 +171,16 @@ def die(*_) -> None:
 
 
 def test_a_killed_memory_process_stops_nobody(monkeypatch) -> None:
-    monkeypatch.setattr(measure, "send_peak", die)
+    monkeypatch.setattr(memory, "send_peak", die)
     workload, settings = WORKLOADS["nt_xent"], dataclasses.replace(ONE, memory=True)
-    peak = measure.peak_bytes(workload, TINY, "fastcl", settings)
+    peak = memory.peak_bytes(workload, TINY, "fastcl", settings)
     assert peak == (None, "killed while its memory was measured")
 
 
 def test_a_memory_process_that_raises_says_why() -> None:
     sizes = {"N": 2**40, "D": 2}  # 8 TiB
     settings = dataclasses.replace(ONE, memory=True)
-    peak, reason = measure.peak_bytes(WORKLOADS["nt_xent"], sizes, "fastcl", settings)
+    peak, reason = memory.peak_bytes(WORKLOADS["nt_xent"], sizes, "fastcl", settings)
     assert peak is None
     assert reason.startswith("memory: RuntimeError: ")
 
@@ -368,7 +369,7 @@ def test_gpu_peers_are_called_by_their_documentation(name: str, peer: str, monke
     monkeypatch.setattr(machine, "version", lambda p: "1")
     workload, sizes = WORKLOADS[name], tiny(name)
     result = measure.begin(workload, sizes, peer, ONE)
-    assert measure.checked(workload, sizes, result, measure.make_inputs(workload, sizes, ONE), ONE)
+    assert measure.checked(workload, sizes, result, make_inputs(workload, sizes, ONE), ONE)
     assert result["errors"].keys() >= {"value", "image", "text"}
 
 
@@ -421,7 +422,7 @@ def test_a_call_that_takes_all_the_seconds_is_made_once() -> None:
 def test_memory_is_the_peak_of_one_call_in_a_process_of_its_own() -> None:
     settings = dataclasses.replace(ONE, memory=True)
     sizes = {"N": 1024, "D": 16}
-    plain, reason = measure.peak_bytes(WORKLOADS["nt_xent"], sizes, "torch", settings)
+    plain, reason = memory.peak_bytes(WORKLOADS["nt_xent"], sizes, "torch", settings)
     assert reason == ""
     if plain is None:
         pytest.skip("the kernel does not offer /proc/self/clear_refs")

@@ -61,6 +61,7 @@ class Config(BaseConfig):
     patch: int = option(64, "side of a patch in pixels", at_least=1)
     stride: int = option(32, "pixels from one patch to the next", at_least=1)
     window: int = option(60, "side of the part of a patch that is shown", at_least=1)
+    patch_jitter: float = option(0.0, "of the contrast and brightness of a patch", at_least=0)
     context: str = option("rows", "g: rows, a masked convolutional network, or gru, by column")
     context_blocks: int = option(5, "residual blocks of the masked network", at_least=1)
     context_dim: int = option(256, "hidden width of g", at_least=1)
@@ -133,6 +134,7 @@ class CPC(Method):
             patch=12,
             stride=5,
             window=12,
+            patch_jitter=1.0,
             context_blocks=2,
             context_dim=64,
             steps=3,
@@ -140,6 +142,7 @@ class CPC(Method):
             scale=0.1,
             target_dim=64,
             layer_norm=True,
+            directions=4,
         ),
     }
     config: Config
@@ -160,7 +163,9 @@ class CPC(Method):
                 f"{image_size} pixels are {max(rows, 0)} rows of patches: too few to predict "
                 f"{config.steps} after {config.skip + 1}; take smaller patch, stride, steps or skip"
             )
-        return PatchEncoder(encoder, config.patch, config.stride, config.window)
+        return PatchEncoder(
+            encoder, config.patch, config.stride, config.window, config.patch_jitter
+        )
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)

@@ -21,13 +21,20 @@ class PatchEncoder(nn.Module):
 
     In training each patch shows a window of it at random, in evaluation the central one, with the
     mean colour (0) around: the paper's 60 × 60 of 64 × 64 pixels.
+
+    jitter   in training patch ← a · patch + b, a ~ U(1 − jitter, 1 + jitter), b ~ U(−jitter,
+             jitter), so that an image is not known by its tones. The paper has none; its successor
+             (Hénaff et al. 2019, arXiv:1905.09272) changes the colours of each patch.
     """
 
-    def __init__(self, encoder: nn.Module, patch: int, stride: int, window: int) -> None:
+    def __init__(
+        self, encoder: nn.Module, patch: int, stride: int, window: int, jitter: float = 0.0
+    ) -> None:
         super().__init__()
         if not 1 <= window <= patch:
             raise ValueError(f"window must be in 1 … patch ({patch}); got {window}")
         self.encoder, self.patch, self.stride, self.window = encoder, patch, stride, window
+        self.jitter = jitter
         self.feature_dim = cast(int, encoder.feature_dim)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -40,8 +47,16 @@ class PatchEncoder(nn.Module):
             raise ValueError(f"images must be of {p} pixels or more; got {tuple(images.shape)}")
         patches = images.unfold(2, p, s).unfold(3, p, s).permute(0, 2, 3, 1, 4, 5)
         count, rows, columns = patches.shape[:3]
-        z: Tensor = self.encoder(self.windows(patches.flatten(0, 2)))
+        z: Tensor = self.encoder(self.windows(self.jittered(patches.flatten(0, 2))))
         return z.view(count, rows, columns, -1)
+
+    def jittered(self, patches: Tensor) -> Tensor:
+        """Patches (P, C, p, p), each with a contrast and brightness of its own in training."""
+        if not self.training or self.jitter == 0:
+            return patches
+        size = (len(patches), 1, 1, 1)
+        a, b = (2 * torch.rand(size, device=patches.device) - 1 for _ in range(2))
+        return ((1 + self.jitter * a) * patches + self.jitter * b).to(patches.dtype)
 
     def windows(self, patches: Tensor) -> Tensor:
         """A window of each of the patches (P, C, p, p), in the middle of as many pixels."""

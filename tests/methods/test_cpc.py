@@ -231,6 +231,21 @@ def test_patches_overlap_and_are_shown_in_the_middle():
         PatchEncoder(flat, 4, 2, 5)
 
 
+def test_each_patch_gets_a_contrast_and_brightness_of_its_own_in_training():
+    torch.manual_seed(0)
+    flat = torch.nn.Flatten()
+    flat.feature_dim = 16
+    encoder = PatchEncoder(flat, 4, 4, 4, jitter=0.5)
+    image = torch.arange(256.0).view(1, 1, 16, 16) / 256
+    plain, jittered = encoder.eval().grid(image), encoder.train().grid(image)
+    x, y = plain.flatten(0, 2), jittered.flatten(0, 2)  # (16 patches, 16 pixels)
+    a = (y[:, -1] - y[:, 0]) / (x[:, -1] - x[:, 0])
+    b = y[:, 0] - a * x[:, 0]
+    torch.testing.assert_close(y, a[:, None] * x + b[:, None], rtol=0, atol=1e-5)
+    assert a.min() >= 0.5 and a.max() <= 1.5 and b.abs().max() <= 0.5 + 1e-5
+    assert a.std() > 0.15 and b.std() > 0.15
+
+
 def test_the_published_encoders_have_the_published_sizes():
     with torch.device("meta"):
         resnet = models.build("resnet101-v2-plain", image_size=64, in_channels=1)
@@ -269,7 +284,7 @@ def test_paper_recipe_has_the_published_numbers():
         "window": 60, "steps": 5, "skip": 1, "negatives": "all", "batch_size": 512,
         "optimizer": "adamw", "weight_decay": 0.0, "lr": 2e-4, "colours": "grey", "scale": 1.0,
         "context": "rows", "context_blocks": 5, "context_dim": 256, "target_dim": 0,
-        "layer_norm": False, "directions": 1, "detach_negatives": False,
+        "layer_norm": False, "directions": 1, "patch_jitter": 0.0, "detach_negatives": False,
         "crop_scale": ((256 / 300) ** 2, (256 / 300) ** 2), "augmentation": "cpc",
     }  # fmt: skip
     assert dataclasses.asdict(CPC.recipes["paper"]).items() >= expected.items()

@@ -17,12 +17,13 @@ EXTRAS := train,test,bench,dev
 BUILD_REQUIRES := "setuptools>=77" wheel "pybind11>=2.12" ninja
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint format build wheel clean
+.PHONY: help train test bench sanitize lint format build wheel clean
 
 help:
 	@echo "make train   train a method on the embedded images: METHOD=$(METHOD), more flags in ARGS=\"--epochs 5\""
 	@echo "make test    every test; pytest's flags in ARGS=\"-k sinkhorn\""
 	@echo "make bench   the operations against plain PyTorch and torch.compile; flags in ARGS"
+	@echo "make sanitize  the compiled kernels over odd sizes under the address and undefined-behaviour sanitizers"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  ruff and clang-format, in place"
 	@echo "make build   compile csrc/ into fastcl/_C"
@@ -38,6 +39,10 @@ test: $(INSTALLED) $(KERNELS) $(TTSEM)
 
 bench: $(INSTALLED) $(KERNELS)
 	$(PY) -m bench $(ARGS)
+
+sanitize: $(INSTALLED)
+	$(check_compiler)
+	$(PY) tests/sanitize.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -136,6 +136,25 @@ for _arch in (80, 86):
         *((256, 64, 32, 256, 256, 8, 2), (LARGE, 64, 64, 64, 256, 8, 2)),
     )
 
+# Where little is live, ptxas would spill for the sake of one more block on a multiprocessor. Short
+# rows and float32 say instead how many registers a thread has; AMD's compiler needs no such word.
+# On sm_90 it serialises the wgmma of short rows' sums (C7513), unless loads are not pipelined; three
+# blocks on a multiprocessor hide them.
+for (_kernel, _arch, _bucket, _size), _row in list(TABLE.items()):
+    _sums = "gradient" in _kernel or "mean" in _kernel
+    if _size == 2 and _bucket == 128:
+        TABLE[_kernel, _arch, 64, 2] = _row = dict(_row)
+        if _arch == 90 and _sums:
+            _row["num_stages"] = 1
+    elif _size == 2:
+        continue
+    if _arch == 90:
+        continue
+    if _row["num_warps"] == 4 or (_size == 2 and not _kernel.startswith("similarity_rows")):
+        _row["maxnreg"] = 255
+    elif _size == 4 and _kernel != "similarity_rows":
+        _row["maxnreg"] = 128
+
 # Bytes of shared memory that one block may ask for.
 SHARED_MEMORY: dict[Target, int] = {
     75: 65536,
@@ -217,21 +236,32 @@ def pick(kernel: str, tensor: torch.Tensor, d: int = 0, *, ids: bool = False) ->
     named = {name for name, *_, element in TABLE if element == size}
     chosen = f"{kernel}_ids" if ids and f"{kernel}_ids" in named else kernel
     row = {**find(chosen, where, d, size), **_overrides.get(kernel, {})}
-    return {name: value for name, value in row.items() if name != "measured"}
+    unknown = {"measured"} if _is_nvidia(where) else {"measured", "maxnreg"}
+    return {name: value for name, value in row.items() if name not in unknown}
+
+
+def _is_nvidia(where: Target) -> bool:
+    return isinstance(where, int) and not INTERPRETED
+
+
+def registers(tensor: torch.Tensor, most: int) -> Row:
+    """The launch option that gives a thread so many registers, where there is one."""
+    return dict(maxnreg=most) if _is_nvidia(target(tensor)) else {}
 
 
 def find(kernel: str, where: Target, d: int, element_size: int) -> Row:
     """The table's row: smallest bucket that holds d (else the largest), nearest capability."""
-    candidates = {
-        (arch, bucket): row
-        for (name, arch, bucket, size), row in TABLE.items()
-        if name == kernel and size == element_size
-    }
-    assert candidates, f"no launch configuration for {kernel} with {element_size}-byte elements"
-    arch = _nearest({arch for arch, _ in candidates}, where)
-    buckets = sorted(bucket for a, bucket in candidates if a == arch)
+    return dict(TABLE[key_of(kernel, where, d, element_size)])
+
+
+def key_of(kernel: str, where: Target, d: int, element_size: int) -> tuple[str, Target, int, int]:
+    """The key of that row."""
+    keys = [key for key in TABLE if key[0] == kernel and key[3] == element_size]
+    assert keys, f"no launch configuration for {kernel} with {element_size}-byte elements"
+    arch = _nearest({key[1] for key in keys}, where)
+    buckets = sorted(key[2] for key in keys if key[1] == arch)
     bucket = next((b for b in buckets if b >= d), buckets[-1])
-    return dict(candidates[arch, bucket])
+    return kernel, arch, bucket, element_size
 
 
 def _nearest(archs: set[Target], where: Target) -> Target:

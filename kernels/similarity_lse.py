@@ -378,7 +378,7 @@ def finish(
         NORMALIZE=factors[0] is not None, HAS_IDS=ids[0] is not None,
         PRECISION=configs.input_precision(x),
         TILE=tile, BLOCK=block, BLOCK_Y=min(block, 32), BLOCK_D=block_d, PARTS=16,
-        BLOCKS_PER_TILE=blocks_per_tile, num_warps=8, num_stages=1,
+        BLOCKS_PER_TILE=blocks_per_tile, num_warps=8, num_stages=1, **configs.registers(x, 128),
     )  # fmt: skip
 
 

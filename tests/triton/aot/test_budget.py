@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastcl.kernels import configs, self_similarity_lse
+
 
 @triton.jit
 def textbook_dk(
@@ -68,3 +70,16 @@ def test_gate_sees_too_few_blocks():
     budget.assert_within_budget(report, tensor_cores=True, blocks=fit)
     with pytest.raises(AssertionError, match="blocks fit"):
         budget.assert_within_budget(report, blocks=fit + 1)
+
+
+def test_gate_sees_spills_in_amd_assembly():
+    """Blocks that fit NVIDIA's registers; CDNA's compiler says what it spilled in the metadata."""
+    z, vector = torch.zeros(4096, 128, dtype=torch.bfloat16), torch.zeros(4096)
+    with configs.override(similarity_gradient=dict(BLOCK_X=128, BLOCK_Y=64, num_warps=8)):
+        with budget.compiling_for("gfx942", lambda name: name == "gradient_kernel") as kernels:
+            self_similarity_lse.backward(vector, z, torch.tensor(1.0), None, vector, normalize=True)
+    report = budget.examine(kernels[0])
+    assert report.spill_bytes > 0 and report.stack_bytes > 0
+    assert any(name.startswith("scratch_") for name in report.whole)
+    with pytest.raises(AssertionError, match="registers spill"):
+        budget.assert_within_budget(report)

@@ -34,6 +34,9 @@ QUEUES = {
     "byol": "--dim 16 --hidden 8",
     "simsiam": "--dim 16 --hidden 8",
     "moco-v3": "--dim 16 --hidden 8",
+    "cmc": "",
+    "cpc": "--image-size 16 --patch 8 --stride 2 --window 8",
+    "dino": "--dim 16 --hidden 8 --outputs 12 --small-crops 2",
 }
 
 
@@ -148,10 +151,10 @@ def test_run_writes_config_metrics_and_checkpoint(method, flags, tmp_path, capsy
         assert np.isfinite([row["loss"], row["feature_std"], row["images_per_second"]]).all()
         assert 1 <= row["effective_rank"] <= 16
     expected = METHODS[method].recipes["quick"]
-    if method in ("byol", "moco-v3"):
+    if method in ("byol", "moco-v3", "dino"):
         momenta = [row["momentum"] for row in steps]
         assert expected.momentum < momenta[0] < momenta[-1] < 1
-    elif method == "instdisc":  # its momentum is the bank's
+    elif method in ("instdisc", "cmc"):  # their momentum is the banks'
         assert {row["momentum"] for row in steps} == {None}
     else:
         assert {row["momentum"] for row in steps} == {getattr(expected, "momentum", None)}

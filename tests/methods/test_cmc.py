@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy, normalize
 
+from fastcl import train
 from fastcl.data import augment
 from fastcl.data.colours import rgb_to_lab, rgb_to_ycbcr
+from fastcl.methods import METHODS
 from fastcl.methods.base import Progress
 from fastcl.methods.cmc import CMC, Config, Views
 
@@ -163,6 +166,20 @@ def test_grey_images_are_refused_with_a_reason(no_encoder):
         method.loss([grey.float()], at([0, 1, 2, 3, 0]))
     with pytest.raises(ValueError, match="made of RGB images"):
         rgb_to_lab(grey.float())
+
+
+def test_training_on_grey_images_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "cmc", CMC)
+    for split in ("train", "test"):
+        folder = tmp_path / "data" / split / "only"
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (16, 16), 60 * i).save(folder / f"{i}.png")
+    flags = f"--data folder --data-dir {tmp_path / 'data'} --batch-size 2 --epochs 1 --workers 0"
+    arguments = f"--method cmc {flags} --output {tmp_path / 'run'}"
+    assert train.main(arguments.split()) == 2
+    line = capsys.readouterr().err
+    assert "these images are grey" in line and line.count("\n") == 1
 
 
 def test_choices_that_do_not_exist_are_refused(no_encoder):

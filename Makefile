@@ -17,12 +17,13 @@ EXTRAS := train,test,bench,dev
 BUILD_REQUIRES := "setuptools>=77" wheel "pybind11>=2.12" ninja
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench sanitize lint format build wheel clean
+.PHONY: help train test bench aot sanitize lint format build wheel clean
 
 help:
 	@echo "make train   train a method on the embedded images: METHOD=$(METHOD), more flags in ARGS=\"--epochs 5\""
 	@echo "make test    every test; pytest's flags in ARGS=\"-k sinkhorn\""
 	@echo "make bench   the operations against plain PyTorch and torch.compile; flags in ARGS"
+	@echo "make aot     compile every Triton launch for every GPU (about an hour the first time); pytest's flags in ARGS"
 	@echo "make sanitize  the compiled kernels over odd sizes under the address and undefined-behaviour sanitizers"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  ruff and clang-format, in place"
@@ -39,6 +40,9 @@ test: $(INSTALLED) $(KERNELS) $(TTSEM)
 
 bench: $(INSTALLED) $(KERNELS)
 	$(PY) -m bench $(ARGS)
+
+aot: $(INSTALLED)
+	FASTCL_AOT=full $(PY) -m pytest tests/triton/aot $(ARGS)
 
 sanitize: $(INSTALLED)
 	$(check_compiler)

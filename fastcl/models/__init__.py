@@ -5,6 +5,7 @@ build("resnet50", image_size=224)       torchvision's ResNets, with their own pa
 build("vit-small-moco-v3", image_size=224)      MoCo v3's transformers, -small- and -base-
 build("vit-small-dino", image_size=224)         DINO's, for crops of several sizes
 build("resnet101-v2-plain", image_size=64)     CPC's encoder of patches, without batch norm
+build("alexnet-bn", image_size=224)     for CMC, which halves its width
 build("timm/vit_small_patch16_224", image_size=224)     anything that timm has
 """
 
@@ -15,6 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from fastcl.models import vit_moco_v3
+from fastcl.models.alexnet import AlexNet
 from fastcl.models.patches import PlainResNet
 from fastcl.models.tiny import TinyResNet, TinyViT
 
@@ -36,6 +38,7 @@ NAMES = (
     *vit_moco_v3.SIZES,
     *DINO,
     "resnet101-v2-plain",
+    "alexnet-bn",
 )  # and timm/<name> for every name of timm.list_models()
 SMALL_IMAGE = 64  # pixels: at most this much, and the stem keeps the resolution
 
@@ -72,6 +75,10 @@ def build(
         raise ValueError(f"unknown backbone {name!r}. Backbones: {', '.join(NAMES)}, timm/<name>")
     if zero_init_residual:
         raise ValueError(f"zero_init_residual is for ResNets; backbone {name!r} takes none")
+    if name == "alexnet-bn":
+        if image_size != 224:
+            raise ValueError(f"alexnet-bn takes images of 224 pixels; got {image_size}")
+        return AlexNet(in_channels, width)
     if width != 1:
         raise ValueError(f"width is for ResNets; backbone {name!r} takes none")
     if name == "tiny-vit":

@@ -153,6 +153,20 @@ def test_halves_of_a_resnet50_have_the_official_widths(width, features, middle):
     assert lightness.feature_dim == features
 
 
+def test_halves_of_an_alexnet_have_the_official_widths():
+    with torch.device("meta"):
+        encoder = CMC.build_encoder(Config(backbone="alexnet-bn", width=0.5), 224)
+        for channels, half in zip((1, 2), encoder.encoders):
+            layers = list(half.layers)
+            widths = [
+                m.weight.shape[0] for m in layers if hasattr(m, "weight") and m.weight.ndim > 1
+            ]
+            assert widths == [48, 128, 192, 192, 128, 2048, 2048]
+            assert half(torch.empty(2, channels, 224, 224)).shape == (2, 2048)
+    with pytest.raises(ValueError, match="alexnet-bn takes images of 224 pixels; got 64"):
+        CMC.build_encoder(Config(backbone="alexnet-bn"), 64)
+
+
 def test_grey_images_are_refused_with_a_reason(no_encoder):
     method = bare(no_encoder, 4, (1, 2))
     grey = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)

@@ -22,13 +22,12 @@ class Operation:
 
     The way through the dispatcher and back to Python costs some 20 µs forward and as much backward,
     which is half of a loss of 64 rows. Compilers, modes, function transforms and subclasses need
-    that way and get it, and so do operations that write to their arguments: autograd must hear.
+    that way and get it. An operation that writes to its arguments tells autograd itself.
     """
 
     def __init__(self, overload: torch._ops.OpOverload, run: Callable[..., Any]) -> None:
         self.overload = overload  # torch.ops.fastcl.<name>.default
         self.run = run
-        self.in_place = overload._schema.is_mutable
         self.function: type[torch.autograd.Function] | None = None
         self.transformable: type[torch.autograd.Function] | None = None  # slower by 15 µs
 
@@ -42,7 +41,7 @@ class Operation:
         return self.past_autograd(*args)
 
     def past_autograd(self, *args: Any) -> Any:
-        if self.in_place or not plain(*args):
+        if not plain(*args):
             return self.overload(*args)
         return self.run(*args)
 
@@ -65,7 +64,8 @@ def plain(*args: Any) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state():
         return False
-    return all(type(x) in (Tensor, Parameter) for x in args if isinstance(x, Tensor))
+    tensors = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
+    return all(type(x) in (Tensor, Parameter) for x in tensors if isinstance(x, Tensor))
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:

@@ -11,13 +11,13 @@ from fastcl.models.tiny import DropPath, sine_positions
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_features_have_feature_dim(name):
+    size = 224 if name == "alexnet-bn" else 32
     if name not in ("tiny-resnet", "tiny-vit", "resnet18"):
         with torch.device("meta"):  # shapes only: the large ones take seconds to initialise
-            size = 224 if name == "alexnet-bn" else 32
-    model = models.build(name, image_size=size).eval()
+            model = models.build(name, image_size=size).eval()
             features = model(torch.empty(2, 3, size, size))
     else:
-        model = models.build(name, image_size=32).eval()
+        model = models.build(name, image_size=size).eval()
         features = model(torch.rand(2, 3, size, size))
         assert features.isfinite().all()
         assert (features[0] - features[1]).abs().max() > 0  # two images, two features

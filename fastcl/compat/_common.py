@@ -46,6 +46,14 @@ def is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
+def is_positive(value: Any) -> bool:
+    """A scalar above 0; one on another device is not read, as that would wait for it."""
+    if isinstance(value, Tensor):
+        at_hand = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        return is_scalar(value) and (not at_hand or bool(value.detach() > 0))
+    return is_scalar(value) and value > 0
+
+
 def as_scalar(value: float | Tensor) -> float | Tensor:
     """A float, or a 0-dim tensor that keeps its gradient."""
     return value.reshape(()) if isinstance(value, Tensor) else float(value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import fastcl.functional as F
-from fastcl.compat._common import as_scalar, as_their_dtype, is_scalar, matrices, pairs, their
+from fastcl.compat._common import as_scalar, as_their_dtype, is_positive, matrices, pairs, their
 
 __all__ = ["InfoNCE", "info_nce"]
 
@@ -84,7 +84,7 @@ def _fusable(
 ) -> bool:
     if not pairs(query, positive) or reduction not in ("mean", "sum", "none"):
         return False
-    if not (is_scalar(temperature) and float(temperature) > 0):
+    if not is_positive(temperature):
         return False
     if negatives is None:
         return True

@@ -27,6 +27,7 @@ from fastcl.compat._common import (
     as_their_dtype,
     fall_back,
     in_float,
+    is_positive,
     is_scalar,
     matrices,
     paired_dot,
@@ -205,7 +206,7 @@ def sinkhorn(
     """
     place = "lightly.loss.swav_loss:sinkhorn"
     gathers = gather_distributed and world_size() > 1
-    if gathers or not matrices(out) or not (is_scalar(epsilon) and float(epsilon) > 0):
+    if gathers or not matrices(out) or not is_positive(epsilon):
         codes: Tensor = their(place, GATHER if gathers else ODD)(
             out, iterations, epsilon, gather_distributed
         )
@@ -247,8 +248,8 @@ class SwaVLoss(nn.Module):
 
     def subloss(self, z: Tensor, q: Tensor) -> Tensor:
         """−mean_n Σ_k q log softmax(z / τ); z, q (N, K)."""
-        scalar = is_scalar(self.temperature) and float(self.temperature) > 0
-        if not (pairs(z, q) and scalar) or (torch.is_grad_enabled() and q.requires_grad):
+        fits = pairs(z, q) and is_positive(self.temperature)
+        if not fits or (torch.is_grad_enabled() and q.requires_grad):
             loss: Tensor = fall_back(self, SWAV, ODD, "subloss")(z, q)
             return loss
         loss = F.soft_cross_entropy(z, q, temperature=as_scalar(self.temperature))
@@ -293,7 +294,7 @@ class SwaVLoss(nn.Module):
             return False
         if queue is not None and (len(queue) < len(high) or not matrices(high[0], *queue)):
             return False
-        return is_scalar(self.temperature) and float(self.temperature) > 0
+        return is_positive(self.temperature)
 
 
 # ---- SimSiam, BYOL, DINO -------------------------------------------------------------------------
@@ -399,7 +400,7 @@ class DINOLoss(nn.Module):
             return ODD
         if self.center.numel() != views[0].shape[1] or self.center.device != views[0].device:
             return ODD
-        if not (is_scalar(self.student_temp) and float(self.student_temp) > 0 < temperature):
+        if not (is_positive(self.student_temp) and temperature > 0):
             return ODD
         if torch.is_grad_enabled() and any(x.requires_grad for x in teacher_out):
             return "the teacher needs a gradient"

@@ -20,6 +20,7 @@ from fastcl.compat._common import (
     as_their_dtype,
     fall_back,
     in_float,
+    is_positive,
     is_scalar,
     paired_dot,
     pairs,
@@ -215,8 +216,8 @@ class SigLipLoss(nn.Module):
         own = (SigLipLoss.get_logits, SigLipLoss.get_ground_truth)
         if (type(self).get_logits, type(self).get_ground_truth) != own:
             return False
-        scalars = is_scalar(scale) and (bias is None or is_scalar(bias))
-        return scalars and float(scale) > 0 and pairs(image, text)
+        scalars = is_positive(scale) and (bias is None or is_scalar(bias))
+        return scalars and pairs(image, text)
 
     def forward(
         self,

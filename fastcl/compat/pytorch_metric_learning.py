@@ -39,7 +39,7 @@ from fastcl.compat._common import (
     as_scalar,
     as_their_dtype,
     in_float,
-    is_scalar,
+    is_positive,
     matrices,
     row_lse,
     say_once,
@@ -233,7 +233,7 @@ def cannot_fuse(
            for x in (labels, ref_labels)):  # fmt: skip
         return "its labels are not integers"
     fits = matrices(z, ref) and len(labels) == len(z) and len(ref_labels) == len(ref)
-    if not fits or not is_scalar(loss.temperature) or float(loss.temperature) == 0:
+    if not fits or not is_positive(loss.temperature):
         return "these inputs are not ones that a kernel takes"
     return None
 

@@ -69,7 +69,7 @@ class Comparison:
         return ours[0]
 
     def same_state(self) -> None:
-        if not isinstance(self.ours, torch.nn.Module):
+        if not isinstance(self.theirs, torch.nn.Module):
             return
         assert list(self.ours.state_dict()) == list(self.theirs.state_dict())
         ours, theirs = dict(self.ours.named_buffers()), dict(self.theirs.named_buffers())

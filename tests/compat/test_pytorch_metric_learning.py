@@ -298,10 +298,10 @@ def test_under_patch(draw):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_matrix_is_made(largest, name):
-    x, y = torch.randn(512, 4).requires_grad_(), torch.randn(512, 4)
+    x, y = torch.randn(64, 4).requires_grad_(), torch.randn(64, 4)  # its NTXentLoss is cubic
     expected, result = (largest(lambda: losses.SelfSupervisedLoss(f)(x, y)) for f in both(name))
-    assert expected >= 1024 * 1024 and result <= 4 * 1024 * 4
-    memories = [m.CrossBatchMemory(f, 4, 4096) for m, f in zip((losses, ours), both(name))]
-    labels = torch.arange(512) // 2
+    assert expected >= 128 * 128 and result <= 4 * 128 * 4
+    memories = [m.CrossBatchMemory(f, 4, 512) for m, f in zip((losses, ours), both(name))]
+    labels = torch.arange(64) // 2
     expected, result = (largest(lambda: memory(x, labels)) for memory in memories)
-    assert expected >= 512 * 512 and result <= 4 * 4096
+    assert expected >= 64 * 64 and result <= 4 * 512

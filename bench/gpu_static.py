@@ -253,7 +253,7 @@ def trips_of(report: Report, d: int) -> int:
     if main is None or not inside:
         return steps
     trips, rest = divmod(tensor_work_needed(report, d) - tensor_work(main.own, report), inside)
-    return trips if rest == 0 and 0 < trips <= steps else steps
+    return trips if rest == 0 and steps - 2 <= trips <= steps else steps
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,10 @@ def row_of(operation: str, case: Case, report: Report) -> Row:
     # A kernel without a loop is one tile.
     opcodes = main.opcodes(trips) if main else report.whole
     flops, useful = flops_of_tile(report.options, case.d) if products else (0, 1.0)
+    if products and report.target != 100:
+        # Where a tile has fewer pieces than the block has warps, some do the same products.
+        executed = max(flops, tensor_work(opcodes, report))
+        flops, useful = executed, useful * flops / executed
     blocks = report.blocks_per_multiprocessor
     flags = [k.lower() for k in ("SELF", "OWN", "OTHER", "HAS_IDS") if report.options.get(k)]
     return Row(

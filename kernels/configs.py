@@ -138,8 +138,8 @@ for _arch in (80, 86):
 
 # Where little is live, ptxas would spill for the sake of one more block on a multiprocessor. Short
 # rows and float32 say instead how many registers a thread has; AMD's compiler needs no such word.
-# On sm_90 it serialises the wgmma of short rows' sums (C7513), unless loads are not pipelined; three
-# blocks on a multiprocessor hide them.
+# On sm_90 it serialises the wgmma of sums of short rows (C7513) unless loads are not pipelined;
+# three blocks on a multiprocessor hide them.
 for (_kernel, _arch, _bucket, _size), _row in list(TABLE.items()):
     _sums = "gradient" in _kernel or "mean" in _kernel
     if _size == 2 and _bucket == 128:

@@ -158,7 +158,15 @@ def test_tensor_instructions_of_a_tile_are_those_of_the_algorithm(target, d):
         # Of the 16 blocks of 64 features compilers may take one or two out of the inner loop.
         assert (13 if d == 1024 else 0) < trips <= d // 64, report.summary()
         executed = gpu_static.tensor_work(report.main.opcodes(trips), report)
-        assert executed == gpu_static.tensor_work_needed(report, d), report.summary()
+        needed = gpu_static.tensor_work_needed(report, d)
+        if (target, report.name) == ("gfx942", "gradient_kernel"):
+            # Eight warps share the four 32 × 32 pieces of a tile of scores: the report says so.
+            assert executed >= needed
+            row = gpu_static.row_of("", Case(d), report)
+            share = gpu_static.flops_of_tile(report.options, d)[1]
+            assert row.useful == pytest.approx(share * needed / executed)
+        else:
+            assert executed == needed, report.summary()
 
 
 def test_useful_share():

@@ -1,6 +1,7 @@
 """The methods, by the name that `--method` takes, in the order in which they were published."""
 
 from fastcl.methods.base import Config, Method, Progress
+from fastcl.methods.cpc import CPC
 from fastcl.methods.invaspread import InvaSpread
 from fastcl.methods.moco_v1 import MoCoV1
 from fastcl.methods.moco_v2 import MoCoV2
@@ -9,6 +10,7 @@ from fastcl.methods.swav import SwAV
 
 METHODS: dict[str, type[Method]] = {
     "invaspread": InvaSpread,
+    "cpc": CPC,
     "moco-v1": MoCoV1,
     "simclr-v1": SimCLRV1,
     "moco-v2": MoCoV2,

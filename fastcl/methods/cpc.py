@@ -126,7 +126,7 @@ class CPC(Method):
             backbone="tiny-resnet",
             image_size=32,
             crop_scale=(0.5, 1.0),
-            epochs=8,
+            epochs=6,
             batch_size=64,
             lr=0.001,
             schedule="warmup-cosine-moco-v3",

@@ -33,7 +33,7 @@ def standardise(weight: Tensor, kind: str = "bit") -> Tensor:
     else:
         scale = 1 / (w.std(1, keepdim=True) + 1e-5)
     standard: Tensor = centred * scale
-    return standard.view_as(weight)
+    return standard.reshape(weight.shape)
 
 
 class StandardisedConv2d(nn.Conv2d):
@@ -126,7 +126,7 @@ def replace_batch_norm(
         else:
             replace_batch_norm(child, norm, groups=groups, kind=kind, careful=careful)
     if norm == "gn+ws" and type(module) is nn.Conv2d:
-        module.__class__ = StandardisedConv2d
+        module.__class__ = StandardisedConv2d  # type: ignore[assignment]
         module.__dict__["kind"] = kind
     return module
 

@@ -1,0 +1,180 @@
+"""SimCLR v2: SimCLR v1 with a deeper head, larger networks and, if asked for, a memory.
+
+    head           two layers              → three; fine-tuning starts in its middle
+    backbone       ResNet                  → ResNet-D with selective kernels, width 1, 2 or 3
+    negatives      of the batch            → optionally a moving average's, of past batches too
+
+With `memory` the 2N embeddings z meet those of the moving average k: columns are the batch's keys,
+but for the same view of the same image, and a queue of earlier ones,
+
+    ℓ_r = −log exp(z_r·k_pos(r)/τ) / (Σ_{c ≠ r} exp(z_r·k_c/τ) + Σ_j exp(z_r·queue_j/τ))
+    L = (1/N) Σ_r ℓ_r,   ξ ← m ξ + (1 − m) θ before the keys, queue ← k afterwards
+
+Distillation: `distillation_loss`, with fine-tuned teachers. `fine_tuned_part` is what a classifier
+of few labels is put upon.
+
+Differs from the paper where its code does: see SimCLR v1. The memory is a reading: its code was not
+published.
+
+Source: Chen et al. 2020, arXiv:2006.10029; google-research/simclr.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import fastcl.functional as F
+from fastcl.data.colours import CHANNELS
+from fastcl.methods import simclr_v1
+from fastcl.methods.base import Config as BaseConfig
+from fastcl.methods.base import Method, Progress, option
+from fastcl.models import selective
+from fastcl.nn import FeatureQueue, momentum_copy, simclr_head
+
+
+@dataclass(frozen=True)
+class Config(simclr_v1.Config):
+    zero_init_residual: bool = True
+    augmentation: str = "simclr-v2"
+    epochs: int = 800
+    lr: float = 6.4  # 0.1 · √batch
+    weight_decay: float = 1e-4
+    warmup_epochs: float = 40.0
+    width: int = option(1, "multiplies the channels; the papers' 1, 2 or 3", at_least=1)
+    sk_ratio: float = option(0.0, "selective kernels and ResNet-D: 0.0625; 0: neither", at_least=0)
+    head_layers: int = option(3, "layers of the head", at_least=1)
+    memory: bool = option(False, "keys of a moving average, and a queue of them")
+    queue_size: int = option(65536, "keys in the memory's queue", at_least=1)
+    momentum: float = option(0.999, "of the memory's moving average")
+
+
+class SimCLRV2(Method):
+    recipes = {
+        "paper": Config(),
+        "quick": Config(
+            backbone="tiny-resnet",
+            zero_init_residual=False,
+            image_size=24,
+            crop_scale=(0.3, 1.0),
+            blur=False,
+            epochs=20,
+            batch_size=128,
+            optimizer="adamw",
+            lr=0.0015,
+            weight_decay=1e-4,
+            warmup_epochs=0.5,
+            temperature=0.2,
+            queue_size=1024,
+            momentum=0.9,
+        ),
+    }
+    config: Config
+
+    def __init__(self, encoder: nn.Module, config: Config) -> None:
+        super().__init__(encoder, config)
+        self.head = simclr_head(self.feature_dim, config.dim, config.head_layers)
+        if config.memory:
+            self.key_encoder = momentum_copy(self.query_encoder)
+            self.queue = FeatureQueue(config.queue_size, config.dim)
+
+    @classmethod
+    def build_encoder(cls, config: BaseConfig, image_size: int) -> nn.Module:
+        assert isinstance(config, Config)
+        if config.width == 1 and config.sk_ratio == 0 and config.backbone not in selective.LAYERS:
+            return super().build_encoder(config, image_size)
+        return selective.build(
+            config.backbone,
+            image_size=image_size,
+            in_channels=CHANNELS[config.colours],
+            width=config.width,
+            sk_ratio=config.sk_ratio,
+            zero_init_residual=config.zero_init_residual,
+        )
+
+    @property
+    def query_encoder(self) -> nn.Module:
+        return nn.Sequential(self.encoder, self.head)
+
+    def fine_tuned_part(self, layer: int = 1) -> nn.Module:
+        """The encoder and the first `layer` layers of the head, each with its ReLU.
+
+        1 with 1 % or 10 % of the labels, 0 with all of them. The last layer has no ReLU.
+        """
+        if not 0 <= layer <= self.config.head_layers:
+            raise ValueError(f"layer must be in 0 … {self.config.head_layers}; got {layer}")
+        assert isinstance(self.head, nn.Sequential)
+        return nn.Sequential(self.encoder, self.head[: 3 * layer])
+
+    def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
+        z = self.head(self.encode(views))  # (2N, D); batch norm sees both views
+        z0, z1 = z.chunk(2)
+        self.embedding = normalize(z0.detach(), dim=1)
+        if not self.config.memory:
+            return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature)
+        F.ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.momentum)
+        with torch.no_grad():
+            self.keys = normalize(self.key_encoder(torch.cat(list(views))), dim=1)
+        return memory_loss(z, self.keys, self.queue.features, self.config.temperature)
+
+    def after_backward(self, at: Progress) -> None:
+        if self.config.memory:
+            self.queue.push(self.keys)
+
+    def momentum_at(self, at: Progress) -> float | None:
+        return self.config.momentum if self.config.memory else None
+
+    def collapsed_loss(self) -> float:
+        c = self.config
+        negatives = 2 * c.batch_size - 1 + (c.queue_size if c.memory else 0)
+        return 2 * math.log(negatives)
+
+
+def memory_loss(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """L of the memory, 0-dim: z (2N, D) online, unit keys (2N, D) and queue (M, D), both fixed."""
+    rows = torch.arange(len(z), device=z.device)
+    earlier = torch.full((len(queue),), -1, device=z.device)
+    z = normalize(z, dim=1)
+    lse = F.similarity_lse(
+        z,
+        torch.cat((keys.to(z.dtype), queue.to(z.dtype))),
+        scale=1 / temperature,
+        query_ids=rows,  # equal ids: the same view of the same image
+        key_ids=torch.cat((rows, earlier)),
+    )
+    assert isinstance(lse, Tensor)
+    partner = keys.to(z.dtype).roll(len(z) // 2, 0)
+    return 2 * (lse - (z * partner).sum(1) / temperature).mean()
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    scale_by_tau2: bool = False,
+) -> Tensor:
+    """A student's logits (N, C) learn a teacher's (N, C), which get no gradient.
+
+        α · mean CE(softmax(teacher/τ), student/τ) + (1 − α) · mean CE(labels, student)
+
+    temperature is 1 for a smaller student, 0.1 for one as large as its teacher. labels (N,) int64
+    are needed for α < 1. scale_by_tau2 multiplies the first term by τ², as the code does and the
+    paper does not.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in 0 … 1; got {alpha}")
+    targets = torch.softmax(teacher.detach() / temperature, 1)
+    loss = F.soft_cross_entropy(student, targets, temperature=temperature)
+    if scale_by_tau2:
+        loss = loss * temperature**2
+    if alpha == 1:
+        return loss
+    if labels is None:
+        raise ValueError("alpha < 1 needs labels")
+    return alpha * loss + (1 - alpha) * nn.functional.cross_entropy(student, labels)

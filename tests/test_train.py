@@ -25,8 +25,8 @@ from fastcl.train import Trainer, main
 # The smallest run: 64 images of 16 pixels, 4 steps an epoch.
 SMALL = "--backbone tiny-resnet --batch-size 16 --epochs 3 --log-every 2 --eval-every 1 --workers 0"
 QUEUES = {
-    "moco-v1": "--queue-size 40 --bn-splits 2",
-    "moco-v2": "--queue-size 40 --bn-splits 2",
+    "moco-v1": "--queue-size 24 --bn-splits 2",
+    "moco-v2": "--queue-size 24 --bn-splits 2",
     "simclr-v1": "",
     "swav": "--prototypes 12 --hidden 16 --small-crops 2 --queue-size 32 --queue-start-epoch 1",
     "instdisc": "",
@@ -36,6 +36,8 @@ QUEUES = {
     "moco-v3": "--dim 16 --hidden 8",
     "cmc": "",
     "cpc": "--image-size 16 --patch 8 --stride 2 --window 8",
+    "byol-v2": "--dim 16 --hidden 32",
+    "simclr-v2": "",
     "dino": "--dim 16 --hidden 8 --outputs 12 --small-crops 2",
 }
 
@@ -151,10 +153,10 @@ def test_run_writes_config_metrics_and_checkpoint(method, flags, tmp_path, capsy
         assert np.isfinite([row["loss"], row["feature_std"], row["images_per_second"]]).all()
         assert 1 <= row["effective_rank"] <= 16
     expected = METHODS[method].recipes["quick"]
-    if method in ("byol", "moco-v3", "dino"):
+    if method in ("byol", "byol-v2", "moco-v3", "dino"):
         momenta = [row["momentum"] for row in steps]
         assert expected.momentum < momenta[0] < momenta[-1] < 1
-    elif method in ("instdisc", "cmc"):  # their momentum is the banks'
+    elif method in ("instdisc", "cmc", "simclr-v2"):  # the banks', or an option's
         assert {row["momentum"] for row in steps} == {None}
     else:
         assert {row["momentum"] for row in steps} == {getattr(expected, "momentum", None)}

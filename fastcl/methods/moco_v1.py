@@ -11,6 +11,7 @@ stand-in for shuffling over devices of facebookresearch/moco's CIFAR demo.
 Source: He et al. 2020, arXiv:1911.05722.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Config(BaseConfig):
         8, "groups of the batch with batch-norm statistics of their own", at_least=1
     )
     centred_head: bool = option(False, "batch norm after the head, for short runs")
+    symmetric: bool = option(False, "each view also as the other's key; the losses are added")
 
 
 class MoCoV1(Method):
@@ -77,14 +79,31 @@ class MoCoV1(Method):
     def query_encoder(self) -> nn.Module:
         return nn.Sequential(self.encoder, self.head)
 
+    def set_images(self, images: int) -> None:
+        size = self.config.queue_size
+        if 2 * size >= images:
+            warnings.warn(
+                f"queue_size {size} is at least half of the {images} training images: "
+                "an image's own earlier keys are among its negatives",
+                stacklevel=2,
+            )
+
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
-        query = normalize(self.query_encoder(views[0]), dim=1)  # (N, D)
         F.ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.momentum)
-        self.keys = self.encode_keys(views[1])  # (N, D)
+        if not self.config.symmetric:
+            self.keys = self.encode_keys(views[1])  # (N, D)
+            return self.contrast(views[0], self.keys)
+        key0, key1 = (self.encode_keys(view) for view in views)
+        self.keys = torch.cat((key0, key1))
+        return self.contrast(views[1], key0) + self.contrast(views[0], key1)
+
+    def contrast(self, view: Tensor, keys: Tensor) -> Tensor:
+        """The loss, 0-dim, of view (N, 3, size, size) against its keys (N, D) and the queue."""
+        query = normalize(self.query_encoder(view), dim=1)
         self.embedding = query.detach()
         return F.info_nce(
             query,
-            self.keys,
+            keys,
             self.queue.features,
             temperature=self.config.temperature,
             normalize=False,  # all rows are unit already

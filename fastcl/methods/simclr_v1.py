@@ -20,11 +20,13 @@ from torch.nn.functional import normalize
 import fastcl.functional as F
 from fastcl.methods.base import Config as BaseConfig
 from fastcl.methods.base import Method, Progress, option
+from fastcl.models.selective import truncated_init_
 from fastcl.nn import simclr_head
 
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
+    zero_init_residual: bool = True
     augmentation: str = "simclr-v1"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     epochs: int = 1000
@@ -36,6 +38,9 @@ class Config(BaseConfig):
     warmup_epochs: float = 10.0
     dim: int = option(128, "size of the embedding", at_least=1)
     temperature: float = option(0.1, "of the softmax over the 2N − 1 other views", above=0)
+    truncated_init: bool = option(
+        True, "convolutions start as a cut normal of variance 1 / fan-in, as in the code"
+    )
 
 
 class SimCLRV1(Method):
@@ -43,6 +48,8 @@ class SimCLRV1(Method):
         "paper": Config(),
         "quick": Config(
             backbone="tiny-resnet",
+            zero_init_residual=False,
+            truncated_init=False,
             image_size=24,
             crop_scale=(0.3, 1.0),
             blur=False,
@@ -61,6 +68,14 @@ class SimCLRV1(Method):
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
         self.head = simclr_head(self.feature_dim, config.dim)
+
+    @classmethod
+    def build_encoder(cls, config: BaseConfig, image_size: int) -> nn.Module:
+        assert isinstance(config, Config)
+        encoder = super().build_encoder(config, image_size)
+        if config.truncated_init:
+            truncated_init_(encoder)
+        return encoder
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
         z = self.head(self.encode(views))  # (2N, D); batch norm sees both views

@@ -58,6 +58,7 @@ class SimCLRV2(Method):
         "quick": Config(
             backbone="tiny-resnet",
             zero_init_residual=False,
+            truncated_init=False,
             image_size=24,
             crop_scale=(0.3, 1.0),
             blur=False,
@@ -85,7 +86,10 @@ class SimCLRV2(Method):
     def build_encoder(cls, config: BaseConfig, image_size: int) -> nn.Module:
         assert isinstance(config, Config)
         if config.width == 1 and config.sk_ratio == 0 and config.backbone not in selective.LAYERS:
-            return super().build_encoder(config, image_size)
+            encoder = super().build_encoder(config, image_size)
+            if config.truncated_init:
+                selective.truncated_init_(encoder)
+            return encoder
         return selective.build(
             config.backbone,
             image_size=image_size,

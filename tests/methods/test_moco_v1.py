@@ -130,3 +130,26 @@ def test_paper_recipe_has_the_published_numbers():
         "crop_scale": (0.2, 1.0),
     }  # fmt: skip
     assert dataclasses.asdict(paper).items() >= expected.items()
+
+
+def test_symmetric_loss_adds_both_directions_and_queues_both_keys(tiny_encoder):
+    small = {"dim": 4, "queue_size": 37, "bn_splits": 1, "momentum": 0.5}
+    method = MoCoV1(tiny_encoder(), Config(**small, symmetric=True)).eval()
+    queue = method.queue.features.clone()
+    views = [torch.rand(8, 3, 8, 8) for _ in range(2)]
+    loss = method.loss(views, AT)
+    keys = [method.encode_keys(view) for view in views]
+    torch.testing.assert_close(
+        loss, method.contrast(views[0], keys[1]) + method.contrast(views[1], keys[0])
+    )
+    method.after_backward(AT)
+    torch.testing.assert_close(method.queue.features[:16], torch.cat(keys))
+    assert torch.equal(method.queue.features[16:], queue[16:])
+
+
+def test_a_queue_of_half_the_images_is_warned_of(tiny_encoder, recwarn):
+    method = MoCoV1(tiny_encoder(), Config(dim=4, queue_size=50, bn_splits=1))
+    method.set_images(101)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="queue_size 50 is at least half of the 100 training"):
+        method.set_images(100)

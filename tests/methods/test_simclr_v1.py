@@ -56,6 +56,16 @@ def test_paper_recipe_has_the_published_numbers():
     expected = {
         "backbone": "resnet50", "epochs": 1000, "batch_size": 4096, "optimizer": "lars-simclr",
         "lr": 4.8, "weight_decay": 1e-6, "schedule": "warmup-cosine", "warmup_epochs": 10.0,
+        "zero_init_residual": True, "truncated_init": True,
         "dim": 128, "temperature": 0.1, "crop_scale": (0.08, 1.0), "jitter": 1.0, "blur": True,
     }  # fmt: skip
     assert dataclasses.asdict(SimCLRV1.recipes["paper"]).items() >= expected.items()
+
+
+def test_paper_encoder_starts_as_in_the_code():
+    torch.manual_seed(0)
+    config = Config(backbone="tiny-resnet")
+    encoder = SimCLRV1.build_encoder(config, 32)
+    conv = encoder.stages[2].conv2
+    assert conv.weight.std().item() == pytest.approx((9 * 128) ** -0.5, rel=0.02)
+    assert all(not stage.bn2.weight.any() for stage in encoder.stages)

@@ -4,7 +4,7 @@ Every instruction set becomes a module of its own, fastcl._C.<isa>, so that no i
 compiled for a wide machine can be linked into code that runs on a narrow one. fastcl._C chooses
 at import. Without a compiler the install succeeds, and fastcl._C says what was missing.
 
-CXX, CXXFLAGS               the compiler (else g++, else clang++) and flags that come last
+CXX, CXXFLAGS, LDFLAGS      the compiler (else g++, else clang++) and flags that come last
 FASTCL_BUILD_ISAS           comma-separated names from ISAS, to build fewer (baseline always)
 FASTCL_REQUIRE_COMPILER=1   fail instead of installing without the kernels
 """
@@ -48,7 +48,7 @@ rule compile
   depfile = $out.d
   deps = gcc
 rule link
-  command = $cxx -shared -fopenmp $in -o $out
+  command = $cxx -shared -fopenmp $in -o $out $ldflags
 """
 
 
@@ -118,7 +118,8 @@ class BuildKernels(build_ext):
             self.compile_with(compiler)
             record = {"compiler": version_of(compiler), "isas": list(self.isas)}
         except (RuntimeError, ImportError, OSError) as error:
-            if os.environ.get("FASTCL_REQUIRE_COMPILER") == "1":
+            required = os.environ.get("FASTCL_REQUIRE_COMPILER") == "1"
+            if required or self.built_before():  # whose record and modules stay as they were
                 raise SystemExit(f"fastcl: the C++ kernels were not built: {error}") from None
             self.isas = {}
             record = {"compiler": None, "isas": [], "error": str(error)}
@@ -127,6 +128,11 @@ class BuildKernels(build_ext):
             for module in set(self.target("").glob(f"*{SUFFIX}")) - set(self.modules()):
                 module.unlink()
         self.target("_build.json").write_text(json.dumps(record) + "\n")
+
+    def built_before(self) -> bool:
+        """Whether this checkout has kernels in place, of an earlier build."""
+        record = self.target("_build.json")
+        return bool(self.inplace and record.exists() and json.loads(record.read_text())["isas"])
 
     def target(self, name: str) -> Path:
         """Where a file of fastcl/_C goes: the source tree when in place, else the build tree."""
@@ -149,7 +155,8 @@ class BuildKernels(build_ext):
         common = [*COMPILE, *(f"-isystem{path}" for path in includes)]
         own_last = shlex.split(os.environ.get("CXXFLAGS", ""))
         lines = [NINJA]
-        for (isa, flags), module in zip(self.isas.items(), self.modules()):
+        linked = [build / module.name for module in self.modules()]
+        for (isa, flags), module in zip(self.isas.items(), linked):
             objects = []
             for source in sorted((ROOT / "csrc").glob("*.cpp")):
                 out = f"{isa}/{source.stem}.o"
@@ -160,7 +167,8 @@ class BuildKernels(build_ext):
                 lines.append("  flags = " + " ".join(map(escape_flag, [*common, *own, *own_last])))
                 objects.append(out)
             lines.append(f"build {escape(str(module))}: link {' '.join(objects)}")
-        (build / "build.ninja").write_text(f"cxx = {compiler}\n" + "\n".join(lines) + "\n")
+        names = f"cxx = {compiler}\nldflags = {os.environ.get('LDFLAGS', '').replace('$', '$$')}\n"
+        (build / "build.ninja").write_text(names + "\n".join(lines) + "\n")
         ninja = subprocess.run(
             [ninja_executable(), "-C", str(build)],
             stdout=subprocess.PIPE,
@@ -172,6 +180,11 @@ class BuildKernels(build_ext):
             errors = [line for line in ninja.stdout.splitlines() if "error: " in line]
             reason = errors[0] if errors else "its messages are shown by pip install -v"
             raise RuntimeError(f"{compiler} failed: {reason}")
+        # All or none, and by renaming: a process that runs the old module keeps it.
+        for module, target in zip(linked, self.modules()):
+            fresh = target.with_suffix(".new")
+            shutil.copy2(module, fresh)
+            fresh.replace(target)
 
     def get_outputs(self) -> list[str]:
         return [str(module) for module in self.modules()]

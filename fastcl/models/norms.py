@@ -42,7 +42,8 @@ class StandardisedConv2d(nn.Conv2d):
     kind: str = "bit"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, standardise(self.weight, self.kind), self.bias)
+        y: Tensor = self._conv_forward(x, standardise(self.weight, self.kind), self.bias)
+        return y
 
 
 class StandardisedLinear(nn.Linear):

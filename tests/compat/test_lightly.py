@@ -153,12 +153,16 @@ def test_ntxent_errors_are_lightlys(shapes, bank):
         (0.5, (3,)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Memory bank size")
 def test_ntxent_wrong_arguments(arguments):
+    """lightly 1.5 takes some that 1.6 does not."""
     errors = []
     for module in (theirs, ours):
-        with pytest.raises(Exception) as caught:
+        try:
             module.NTXentLoss(*arguments)
-        errors.append((caught.type, str(caught.value)))
+            errors.append(None)
+        except Exception as error:
+            errors.append((type(error), str(error)))
     assert errors[0] == errors[1]
 
 

@@ -8,26 +8,29 @@ similarity s to the test image is largest, class c gets the score
 and the class of the largest score is the prediction.
 
     python -m fastcl.evaluate --checkpoint runs/swav/checkpoint.pt --linear swav
+    python -m fastcl.evaluate --checkpoint runs/swav --finetune quick --labels 0.01 --distill 1.0
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nf
 
-from fastcl import checkpoint
+from fastcl import checkpoint, finetune
 from fastcl.config import with_values
 from fastcl.data import DataSplits, Split, augment, load
 from fastcl.methods import METHODS
+from fastcl.methods.simclr_v2 import SimCLRV2
 
 SIMILARITIES = 1 << 24  # held at a time: 64 MB
 
@@ -258,6 +261,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--temperature", type=float, default=0.07, help="of kNN's votes")
     parser.add_argument("--linear", choices=PROTOCOLS, help="also a linear probe, by this protocol")
+    parser.add_argument(
+        "--finetune", choices=finetune.PROTOCOLS, help="also fine-tuning, by this protocol"
+    )
+    parser.add_argument(
+        "--labels", type=float, default=0.01, help="share of the labels to fine-tune with"
+    )
+    parser.add_argument("--epochs", type=int, help="of fine-tuning; none: the protocol's")
+    parser.add_argument(
+        "--distill",
+        type=float,
+        metavar="TAU",
+        help="then the fine-tuned network teaches the encoder, on images without labels",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the share and of fine-tuning")
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -292,6 +309,66 @@ def evaluate(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
     yield f"kNN (k = {args.k})", knn(*train, *test, k=args.k, temperature=args.temperature)
     if args.linear:
         yield f"linear ({args.linear})", linear_probe(*train, *test, PROTOCOLS[args.linear])
+    if args.finetune:
+        yield from fine_tuned(args, state, data)
+    elif args.distill is not None:
+        raise ValueError("--distill needs --finetune: the fine-tuned network is the teacher")
+
+
+def fine_tuned(
+    args: argparse.Namespace, state: dict[str, Any], data: DataSplits
+) -> Iterator[tuple[str, float]]:
+    """Yields (what, accuracy) of fine-tuning, and of the student where there is one."""
+    if args.distill is not None and not args.distill > 0:
+        raise ValueError(f"--distill: the temperature must be positive; got {args.distill}")
+    if args.epochs is not None and args.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1; got {args.epochs}")
+    protocol = finetune.PROTOCOLS[args.finetune]
+    few = args.labels < 0.1
+    epochs = args.epochs or (protocol.few_epochs if few else protocol.epochs)
+    torch.manual_seed(args.seed)
+    body, features, normalize = load_body(state, data, args.labels)
+    student = copy.deepcopy(body).to(args.device)
+    images, labels = finetune.gather(data.train)
+    chosen = finetune.share(labels, args.labels, args.seed)
+    options: dict[str, Any] = {"protocol": protocol, "epochs": epochs, "seed": args.seed}
+    options |= {"normalize": normalize, "crop": 0.3 if data.image_size <= 64 else 0.08}
+    images, labels = images.to(args.device), labels.to(args.device)
+    count = len(data.classes)
+    teacher = finetune.finetune(
+        body.to(args.device), features, images[chosen], labels[chosen], count, **options
+    )
+    share = f"{args.labels:.0%} of the labels"
+    yield (
+        f"fine-tuned ({args.finetune}, {share})",
+        finetune.accuracy(teacher, data.test, normalize, args.device),
+    )
+    if args.distill is not None:
+        pupil = nn.Sequential(student, nn.Linear(features, count).to(args.device))
+        options["epochs"] = args.epochs or protocol.epochs
+        finetune.distil(pupil, teacher, images, temperature=args.distill, **options)
+        yield (
+            f"distilled (τ = {args.distill:g})",
+            finetune.accuracy(pupil, data.test, normalize, args.device),
+        )
+
+
+def load_body(
+    state: dict[str, Any], data: DataSplits, labels: float
+) -> tuple[nn.Module, int, Normalize]:
+    """What a share `labels` of the labels fine-tunes, its features, and what it is trained on.
+
+    The encoder; for SimCLR v2 with less than all of the labels also the first layer of its head.
+    """
+    encoder, normalize = load_encoder(state, data)
+    values = state["values"]
+    method = METHODS[values["method"]]
+    features: int = encoder.feature_dim  # type: ignore[assignment]
+    if not issubclass(method, SimCLRV2) or labels >= 1:
+        return encoder, features, normalize
+    whole = method(encoder, cast(Any, with_values(method.recipes["paper"], values)))
+    whole.load_state_dict(state["method"])
+    return whole.fine_tuned_part(1), features, normalize
 
 
 if __name__ == "__main__":

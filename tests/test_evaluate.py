@@ -169,6 +169,25 @@ def test_command_prints_the_accuracies(run, capsys):
     assert code == 0 and out == "kNN (k = 3): 100.00%\nlinear (swav): 100.00%\n"
 
 
+def test_command_fine_tunes_and_distils(run, capsys):
+    flags = [
+        "--k",
+        "3",
+        "--finetune",
+        "quick",
+        "--labels",
+        "0.5",
+        "--epochs",
+        "40",
+        "--distill",
+        "1",
+    ]
+    assert evaluate.main(["--checkpoint", str(run), *flags]) == 0
+    _, tuned, distilled = capsys.readouterr().out.splitlines()
+    assert tuned == "fine-tuned (quick, 50% of the labels): 100.00%"
+    assert distilled == "distilled (τ = 1): 100.00%"
+
+
 def test_load_encoder_restores_weights_and_normalisation(run):
     state = checkpoint.load(run / "checkpoint.pt")
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)

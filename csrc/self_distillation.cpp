@@ -37,7 +37,7 @@ struct Sharpness {
   explicit Sharpness(float scale)
       : high(float(scale * soft::LOG2E_)), low(float(scale * soft::LOG2E_ - double(high))) {}
   F minus(F centred, F top) const {
-    return fma(centred, broadcast(low), fma(centred, broadcast(high), -top));
+    return fma(centred, broadcast(low), fma_once(centred, broadcast(high), -top));
   }
 };
 

@@ -150,10 +150,36 @@ inline void store(Half* x, F v) {
 #endif
 }
 
-// The first `count` lanes; the others are `fill` on a load and untouched by a store.
+// The first `count` lanes, 0 < count; the others are `fill` on a load and untouched by a store.
+// Masked where the machine can: a lane at a time costs as much as the row before it.
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 template <class T>
 inline F load(const T* x, int64_t count, float fill = 0.0f) {
   if (count >= LANES) return load(x);
+#if defined(__AVX512F__)
+  const __mmask16 mask = first_lanes(count);
+  if constexpr (sizeof(T) == 4) {
+    return F(_mm512_mask_loadu_ps(__m512(broadcast(fill)), mask, x));
+  } else {
+    T part[LANES];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(mask, x));
+    return F(_mm512_mask_mov_ps(__m512(broadcast(fill)), mask, __m512(load(part))));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m256i mask = first_lanes(count);
+    return F(_mm256_blendv_ps(__m256(broadcast(fill)), _mm256_maskload_ps(x, mask),
+                              _mm256_castsi256_ps(mask)));
+  }
+#endif
   F v = broadcast(fill);
   for (int i = 0; i < count; ++i) v[i] = to_float(x[i]);
   return v;
@@ -161,6 +187,18 @@ inline F load(const T* x, int64_t count, float fill = 0.0f) {
 template <class T>
 inline void store(T* x, F v, int64_t count) {
   if (count >= LANES) return store(x, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_storeu_ps(x, first_lanes(count), __m512(v));
+  } else {
+    T part[LANES];
+    store(part, v);
+    return _mm256_mask_storeu_epi16(x, first_lanes(count),
+                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(part)));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(x, first_lanes(count), __m256(v));
+#endif
   for (int i = 0; i < count; ++i) x[i] = from_float<T>(v[i]);
 }
 
@@ -173,6 +211,18 @@ inline F fma(F a, F b, F c) {
   return F(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
 #else
   return a * b + c;
+#endif
+}
+
+// a·b + c rounded once on every machine: for c near −a·b, where `fma` of a processor without the
+// instruction would leave the rounding of a·b. In double a·b is exact.
+inline F fma_once(F a, F b, F c) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+  return fma(a, b, c);
+#else
+  typedef double D __attribute__((vector_size(2 * FASTCL_VECTOR_BYTES)));
+  const D wide = __builtin_convertvector(a, D) * __builtin_convertvector(b, D);
+  return __builtin_convertvector(wide + __builtin_convertvector(c, D), F);
 #endif
 }
 

@@ -44,7 +44,7 @@ struct Scale {
 
 // x c − reference; the difference is small where it matters, and there it is rounded once.
 inline F exponent(F x, Scale c, F reference) {
-  return fma(x, broadcast(c.low), fma(x, broadcast(c.high), -reference));
+  return fma(x, broadcast(c.low), fma_once(x, broadcast(c.high), -reference));
 }
 
 // x = fraction · 2^power, 1 ≤ fraction < 2

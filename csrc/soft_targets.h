@@ -54,12 +54,14 @@ Sums<double> sums_of(const X* x, const Y* y, int64_t k, float scale) {
     for (int64_t r = 0; r < TILE; ++r)
       tile[r] = load(x + j + r * LANES), top = max(top, tile[r] * t);
     total.move(top);
+    F exponentials{}, mass{};  // of the tile: a narrow vector's long chain of sums would drift
     for (int64_t r = 0; r < TILE; ++r) {
-      const F z = fma(tile[r], t, -top), target = load(y + j + r * LANES);
-      total.exponentials += exp2(z);
+      const F z = fma_once(tile[r], t, -top), target = load(y + j + r * LANES);
+      exponentials += exp2(z);
       total.products = fma(target, z, total.products);
-      total.mass += target;
+      mass += target;
     }
+    total.exponentials += exponentials, total.mass += mass;
   }
   for (; j < k; j += LANES) {
     const F logit = load(x + j, k - j), target = load(y + j, k - j);
@@ -67,7 +69,7 @@ Sums<double> sums_of(const X* x, const Y* y, int64_t k, float scale) {
     for (int64_t i = k - j; i < LANES; ++i) s[i] = LOWEST;
     const F top = max(total.top, s);
     total.move(top);
-    F z = fma(logit, t, -top);
+    F z = fma_once(logit, t, -top);
     for (int64_t i = k - j; i < LANES; ++i) z[i] = LOWEST;
     total.exponentials += exp2(z);
     total.products = fma(target, z, total.products);
@@ -91,7 +93,7 @@ float gradient(const X* x, const Y* y, int64_t k, float scale2, float top, float
                bool past_caches, X* grad) {
   F dot{};
   auto gradient_of = [&](F logit, F target, int64_t count = LANES) {
-    const F p = exp2(fma(logit, broadcast(scale2), broadcast(-top)));
+    const F p = exp2(fma_once(logit, broadcast(scale2), broadcast(-top)));
     F r = fma(p, broadcast(share), -target);
     for (int64_t lane = count; lane < LANES; ++lane) r[lane] = 0;
     dot = fma(logit, r, dot);

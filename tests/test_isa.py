@@ -106,6 +106,21 @@ def check_exponential() -> None:
     assert error[near].max() < 3e-7
 
 
+def check_offsets_of_logits() -> None:
+    """An offset of 1e5 costs no digits: x t − max is rounded once, also without fma."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 5, 83
+    logits = (1e5 + torch.randn(shape, generator=generator)).requires_grad_()
+    targets = torch.randn(shape, generator=generator).softmax(1)
+    loss = F.soft_cross_entropy(logits, targets, temperature=0.7, reduction="sum")
+    loss.backward()
+    x, y = logits.detach().double().requires_grad_(), targets.double()
+    truth = -(y * (x / 0.7).log_softmax(1)).sum()
+    truth.backward()
+    assert relative_error(loss.detach(), truth.detach()) < 2e-6
+    assert relative_error(logits.grad, x.grad) < 1e-5
+
+
 def check_sinkhorn_of_large_scores() -> None:
     for dtype in (torch.float32, *HALVES):
         scores = (50 * torch.randn(37, 83, generator=torch.Generator().manual_seed(0))).to(dtype)
@@ -174,6 +189,7 @@ CHECKS = [
     ("conversions_from_half", check_conversions_from_half),
     ("conversions_to_half", check_conversions_to_half),
     ("exponential", check_exponential),
+    ("offsets", check_offsets_of_logits),
     ("sinkhorn", check_sinkhorn_of_large_scores),
     ("operations", check_every_operation),
 ]

@@ -6,6 +6,7 @@ from fastcl.methods.invaspread import InvaSpread
 from fastcl.methods.moco_v1 import MoCoV1
 from fastcl.methods.moco_v2 import MoCoV2
 from fastcl.methods.simclr_v1 import SimCLRV1
+from fastcl.methods.simclr_v2 import SimCLRV2
 from fastcl.methods.swav import SwAV
 
 METHODS: dict[str, type[Method]] = {
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "moco-v1": MoCoV1,
     "simclr-v1": SimCLRV1,
     "moco-v2": MoCoV2,
+    "simclr-v2": SimCLRV2,
     "swav": SwAV,
 }
 

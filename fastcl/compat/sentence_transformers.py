@@ -23,16 +23,17 @@ Hardness multiplies the similarity of the chosen negatives by (scale + strength)
 of `scale` alone, as the penalty is detached.
 
 The cached loss takes all rows in one pass: `mini_batch_size` then bounds the encoder only, and no
-bar is shown for the loss. The library's own code runs for other similarities than cos_sim and
-dot_score, sparse embeddings, columns of different lengths, and gather_across_devices with more than
-one process.
+bar is shown for the loss. gather_across_devices gathers by the library's own functions. The
+library's own code runs for other similarities than cos_sim and dot_score, sparse embeddings, and
+columns of different lengths.
 Source: https://github.com/huggingface/sentence-transformers, sentence_transformer/losses.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +47,6 @@ from fastcl.compat._common import (
     row_lse,
     say_once,
     unit,
-    world_size,
 )
 from fastcl.compat._patch import original
 
@@ -56,12 +56,36 @@ CachedMultipleNegativesRankingLoss: Any
 MultipleNegativesRankingLoss: Any
 
 
-def ranking_loss(loss: Any, queries: Tensor, docs: list[Tensor]) -> Tensor:
-    """The mean over rows. queries (N, D); docs: C tensors (N, D), the positives first."""
+class Rows(NamedTuple):
+    """The embeddings that a loss is made of: this process's rows, and everybody's."""
+
+    queries: Tensor  # (N, D)
+    docs: list[Tensor]  # C of (N, D), the positives first
+    every_query: Tensor  # (W N, D); `queries` itself when there is one process
+    every_doc: Tensor  # (C W N, D)
+    first: int  # where this process's rows begin in every_query
+
+
+def rows_of(loss: Any, queries: Tensor, docs: list[Tensor], module: str) -> Rows:
+    """`queries` and `docs`, gathered by the functions of the library's module if wanted."""
+    if not loss.gather_across_devices:
+        return Rows(queries, docs, queries, torch.cat(docs), 0)
+    their = sys.modules[module]
+    every, every_doc = their.all_gather_with_grad(queries), []
+    n, first = len(queries), their.get_rank() * len(queries)
+    for i, x in enumerate(docs):
+        every_doc.append(their.all_gather_with_grad(x))
+        docs[i] = every_doc[-1][first : first + n]
+    mine = every if len(every) == n else every[first : first + n]
+    return Rows(mine, docs, every, torch.cat(every_doc), first)
+
+
+def ranking_loss(loss: Any, r: Rows) -> Tensor:
+    """The mean over this process's rows."""
     scale, shape = float(loss.scale), unit if normalizes(loss) else in_float
-    own = [paired_dot(shape(queries), shape(x)) for x in docs]  # C of (N,)
+    own = [paired_dot(shape(r.queries), shape(x)) for x in r.docs]  # C of (N,)
     positive = scale * own[0]
-    others = other_candidates(loss, queries, docs)
+    others = other_candidates(loss, r)
     strength = extra(loss, "hard_negatives", "all_negatives")
     others["query_to_doc"] += [scale * s + strength * s.detach() for s in own[1:]]
     if loss.partition_mode == "joint":
@@ -72,47 +96,45 @@ def ranking_loss(loss: Any, queries: Tensor, docs: list[Tensor]) -> Tensor:
     return torch.stack(rows).mean()
 
 
-def other_candidates(loss: Any, queries: Tensor, docs: list[Tensor]) -> dict[str, list[Tensor]]:
+def other_candidates(loss: Any, r: Rows) -> dict[str, list[Tensor]]:
     """Per direction, the log-sum-exp (N,) over the candidates of other rows."""
-    n, scale, normalize = len(queries), float(loss.scale), normalizes(loss)
-    row = torch.arange(n, device=queries.device)
-    every = torch.cat(docs)  # (C N, D)
-    of = row.repeat(len(docs))
+    n, scale, single = len(r.queries), float(loss.scale), r.every_query is r.queries
+    device = r.queries.device
+    row = torch.arange(r.first, r.first + n, device=device)
+    every_row = torch.arange(len(r.every_query), device=device)
+    of = every_row.repeat(len(r.docs))
+    options: dict[str, Any] = {"normalize": normalizes(loss), "query_ids": row}
     strength = extra(loss, "in_batch_negatives", "all_negatives")
-    backwards = "doc_to_query" in loss.directions
-    options = {"normalize": normalize, "query_ids": row, "key_ids": of}
+
+    def to_doc(x: Tensor, scale: float) -> Tensor:
+        return row_lse(x, r.every_doc, key_ids=of, scale=scale, **options)
+
+    def to_query(x: Tensor, scale: float) -> Tensor:
+        return row_lse(x, r.every_query, key_ids=every_row, scale=scale, **options)
+
     others: dict[str, list[Tensor]] = {}
-    if backwards and strength == 0:  # both directions from one pass
+    if "doc_to_query" in loss.directions and strength == 0 and single:  # both from one pass
         rows, columns = F.similarity_lse(
-            queries,
-            every,
-            scale=scale,
-            normalize=normalize,
-            query_ids=row,
-            key_ids=of,
-            reduce="both",
+            r.queries, r.every_doc, scale=scale, key_ids=of, reduce="both", **options
         )
-        others["query_to_doc"], columns = [rows], columns[:n]
+        others["query_to_doc"], others["doc_to_query"] = [rows], [columns[:n]]
     else:
-        lse = row_lse(queries, every, scale=scale + strength, **options)
+        lse = to_doc(r.queries, scale + strength)
         others["query_to_doc"] = [with_gradient_of(scale, scale + strength, lse)]
-        if backwards:
-            columns = row_lse(
-                docs[0], queries, scale=scale, normalize=normalize, query_ids=row, key_ids=row
-            )
-    if backwards:
-        others["doc_to_query"] = [columns]
+        if "doc_to_query" in loss.directions:
+            others["doc_to_query"] = [to_query(r.docs[0], scale)]
     if "query_to_query" in loss.directions:
         others["query_to_query"] = [
-            F.self_similarity_lse(queries, scale=scale, normalize=normalize)
+            F.self_similarity_lse(r.queries, scale=scale, normalize=options["normalize"])
+            if single
+            else to_query(r.queries, scale)
         ]
     if "doc_to_doc" in loss.directions:
-        if len(docs) == 1:
-            others["doc_to_doc"] = [
-                F.self_similarity_lse(docs[0], scale=scale, normalize=normalize)
-            ]
-        else:
-            others["doc_to_doc"] = [row_lse(docs[0], every, scale=scale, **options)]
+        others["doc_to_doc"] = [
+            F.self_similarity_lse(r.docs[0], scale=scale, normalize=options["normalize"])
+            if single and len(r.docs) == 1
+            else to_doc(r.docs[0], scale)
+        ]
     return others
 
 
@@ -147,8 +169,6 @@ def cannot_fuse(loss: Any, columns: list[Tensor]) -> str | None:
     known = [original(f"{package}:{name}") for name in ("cos_sim", "dot_score")]
     if not any(similarity is f for f in known):
         return f"its similarity is {getattr(similarity, '__name__', similarity)}"
-    if loss.gather_across_devices and world_size() > 1:
-        return "gather_across_devices with more than one process"
     return None if len(columns) > 1 and pairs(*columns) else "its columns are not of one shape"
 
 
@@ -170,7 +190,8 @@ def _classes() -> dict[str, Any]:
                 say_once("fastcl.compat.sentence_transformers.MultipleNegativesRankingLoss", why)
                 loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
                 return loss
-            return ranking_loss(self, embeddings[0], list(embeddings[1:]))
+            docs = list(embeddings[1:])
+            return ranking_loss(self, rows_of(self, embeddings[0], docs, their_loss.__module__))
 
     class CachedMultipleNegativesRankingLoss(their_cached):  # type: ignore[misc]
         __doc__ = their_cached.__doc__
@@ -185,7 +206,9 @@ def _classes() -> dict[str, Any]:
                 say_once(name, why)
                 loss: Tensor = super().calculate_loss(reps, labels, with_backward=with_backward)
                 return loss
-            loss = ranking_loss(self, columns[0], columns[1:])
+            loss = ranking_loss(
+                self, rows_of(self, columns[0], columns[1:], their_cached.__module__)
+            )
             if with_backward:
                 loss.backward()
                 loss = loss.detach()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import sys
 
 import pytest
 import torch
@@ -105,6 +106,35 @@ def test_dtypes_similarities_and_scales(compare, draw, name, scale, similarity, 
         }
         pair = compare(*both(name, **options, **symmetric), dtype)
         pair.step(of_embeddings, [size * draw(n, d) for _ in range(2)])
+
+
+@pytest.mark.parametrize("hardness", HARDNESS, ids=lambda h: str(h[0]))
+@pytest.mark.parametrize("directions", DIRECTIONS, ids="+".join)
+@pytest.mark.parametrize("name", NAMES)
+def test_gather_across_devices(compare, draw, monkeypatch, name, directions, hardness):
+    """As rank 1 of 3, the others' rows put beside ours by the library's functions."""
+    n, others = 6, [draw(6, 5) for _ in range(2)]
+
+    def gather(x):
+        return torch.cat((others[0].to(x), x, others[1].to(x)))
+
+    for kind in ("multiple", "cached_multiple"):
+        module = sys.modules[f"{losses.__name__}.{kind}_negatives_ranking"]
+        monkeypatch.setattr(module, "all_gather_with_grad", gather)
+        monkeypatch.setattr(module, "get_rank", lambda: 1)
+    options = {
+        "directions": directions,
+        "hardness_mode": hardness[0],
+        "hardness_strength": hardness[1],
+    }
+    for columns in (2, 3):
+        pair = compare(*both(name, **options, gather_across_devices=True), torch.float64)
+        pair.step(of_embeddings, [draw(n, 5) for _ in range(columns)])
+
+
+def test_gather_of_one_process(compare, draw):
+    pair = compare(*both(NAMES[0], gather_across_devices=True), torch.float64)
+    pair.step(of_embeddings, [draw(5, 4), draw(5, 4)])
 
 
 def batches(columns, n, seed):

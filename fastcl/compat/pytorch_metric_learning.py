@@ -278,23 +278,37 @@ def _classes() -> dict[str, Any]:
 
     class CrossBatchMemory(their_memory):  # type: ignore[misc]
         __doc__ = their_memory.__doc__
+        _in_forward = False
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            self._in_forward = True
+            try:
+                loss: Tensor = super().forward(*args, **kwargs)
+                return loss
+            finally:
+                self._in_forward = False
 
         def create_indices_tuple(
             self,
-            z: Tensor,
+            embeddings: Tensor,
             labels: Tensor,
-            ref: Tensor,
-            refs: Tensor,
-            given: Any,
-            remove_self: bool,
+            E_mem: Tensor,
+            L_mem: Tensor,
+            input_indices_tuple: Any,
+            do_remove_self_comparisons: bool,
         ) -> Any:
-            ours = isinstance(self.loss, (NTXentLoss, SupConLoss))
-            if not ours or self.miner or given is not None or len(z) == 0:
-                return super().create_indices_tuple(z, labels, ref, refs, given, remove_self)
-            if cannot_fuse(self.loss, z, labels, ref, refs):
-                return super().create_indices_tuple(z, labels, ref, refs, given, remove_self)
+            """The library's tuple, or within forward what stands for it."""
+            all_pairs = self._in_forward and isinstance(self.loss, (NTXentLoss, SupConLoss))
+            if self.miner or input_indices_tuple is not None or len(embeddings) == 0:
+                all_pairs = False
+            if not all_pairs or cannot_fuse(self.loss, embeddings, labels, E_mem, L_mem):
+                return super().create_indices_tuple(
+                    *(embeddings, labels, E_mem, L_mem),
+                    *(input_indices_tuple, do_remove_self_comparisons),
+                )
             # Of a single row the library does not find the own slot.
-            return AllPairs(self.curr_batch_idx if remove_self and len(z) > 1 else None)
+            found = do_remove_self_comparisons and len(embeddings) > 1
+            return AllPairs(self.curr_batch_idx if found else None)
 
     classes = {c.__name__: c for c in (NTXentLoss, SupConLoss, CrossBatchMemory)}
     for name, cls in classes.items():  # as if written at the top: they can be pickled

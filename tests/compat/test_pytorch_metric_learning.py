@@ -229,6 +229,21 @@ def test_cross_batch_memory_with_a_miner_or_pairs(compare, draw, name):
             pair.step(lambda loss, x: loss(x, labels, given(x, labels)), (draw(12, 7),))
 
 
+def test_cross_batch_memory_gives_others_the_librarys_indices(draw):
+    labels = torch.tensor(LABELS["few"])
+    tuples = []
+    for m in (losses, ours):
+        memory = m.CrossBatchMemory(m.NTXentLoss(), 7, 30)
+        memory(draw(12, 7).float(), labels)
+        tuples.append(
+            memory.create_indices_tuple(
+                draw(12, 7), labels, memory.embedding_memory, memory.label_memory, None,
+                do_remove_self_comparisons=True,
+            )
+        )  # fmt: skip
+    torch.testing.assert_close(*tuples)
+
+
 def test_cross_batch_memory_around_other_losses(compare, draw):
     labels = torch.tensor(LABELS["few"])
     modules = [m.CrossBatchMemory(losses.ContrastiveLoss(), 7, 30) for m in (losses, ours)]

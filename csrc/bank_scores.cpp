@@ -4,7 +4,7 @@
 //   ∂/∂q_n = t Σ_k g_nk bank[index_nk],   ∂/∂t = Σ_nk g_nk q_n · bank[index_nk]
 //
 // Bound by memory: a row of the bank is a random place, read once forward and once backward, and
-// asked for AHEAD rows before it is needed. The gathered (N, K, D) is never stored.
+// asked for IN_FLIGHT bytes before it is needed. The gathered (N, K, D) is never stored.
 // Plain version: fastcl/reference/bank_scores.py. Triton twin: kernels/bank_scores.py.
 #include <algorithm>
 #include <vector>
@@ -15,8 +15,8 @@
 namespace fastcl {
 namespace {
 
-constexpr int64_t AHEAD = 12;    // rows in flight: 500-byte rows at 100 ns each, 10 GB/s a core
-constexpr int64_t PIECE = 1024;  // rows of one query: the unit of work, summed in order
+constexpr int64_t IN_FLIGHT = 8192;  // bytes: 128 cache lines of 100 ns each, 80 GB/s a core
+constexpr int64_t PIECE = 1024;      // rows of one query: the unit of work, summed in order
 
 template <class T>
 void prefetch(const T* row, int64_t d) {
@@ -27,9 +27,10 @@ void prefetch(const T* row, int64_t d) {
 // use(k, row) for every k, the rows asked for in time.
 template <class T, class Use>
 void for_rows(const T* bank, const int64_t* index, int64_t count, int64_t d, Use use) {
-  for (int64_t k = 0; k < std::min(AHEAD, count); ++k) prefetch(bank + index[k] * d, d);
+  const int64_t ahead = std::clamp<int64_t>(IN_FLIGHT / (d * int64_t(sizeof(T))), 2, 64);  // rows
+  for (int64_t k = 0; k < std::min(ahead, count); ++k) prefetch(bank + index[k] * d, d);
   for (int64_t k = 0; k < count; ++k) {
-    if (k + AHEAD < count) prefetch(bank + index[k + AHEAD] * d, d);
+    if (k + ahead < count) prefetch(bank + index[k + ahead] * d, d);
     use(k, bank + index[k] * d);
   }
 }

@@ -1,22 +1,28 @@
 """Checkpoints that are either the old one or the new one, whatever happens while writing.
 
-The file is written beside its final name, flushed to the disk, and renamed over it. It holds
-tensors, numbers, strings and containers of them only: torch.load(..., weights_only=True) reads it.
+The file is written beside its final name, flushed to the disk, and renamed over it; the one that
+was there stays as checkpoint.previous.pt. It holds tensors, numbers, strings and containers of
+them only: torch.load(..., weights_only=True) reads it.
 """
 
 import contextlib
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 NAME = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write state to path, atomically. Raises OSError (a full disk, …) with path as it was."""
+    """Write state to path, atomically; what was there is then in PREVIOUS, beside it.
+
+    Raises OSError (a full disk, …) with path as it was.
+    """
     buffer = io.BytesIO()  # torch.save on a file turns a full disk into a RuntimeError
     torch.save(state, buffer)
     temporary = path.with_name(path.name + ".tmp")
@@ -25,12 +31,30 @@ def save(path: Path, state: dict[str, Any]) -> None:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            keep(path, PREVIOUS)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def keep(path: Path, name: str) -> None:
+    """The file at path under another name beside it as well, replacing what has that name.
+
+    A hard link: checkpoints are replaced and never written into, so that it is as good as a copy.
+    A copy where the file system has no links. path is there at every moment. Raises OSError.
+    """
+    temporary = path.with_name(name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+    temporary.unlink(missing_ok=True)  # rename does nothing to two links of one file
 
 
 def _sync_folder(folder: Path) -> None:
@@ -51,7 +75,7 @@ def load(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch raises many kinds on a file that is not its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint: {reason}") from None
+        raise ValueError(f"{path} is not a checkpoint, or a damaged one: {reason}") from None
     if not isinstance(state, dict) or "method" not in state or "values" not in state:
         raise ValueError(f"{path} is not a checkpoint of fastcl.train")
     return state

@@ -5,6 +5,7 @@ later winning: the field's default (the paper), the recipe, `--config FILE`, the
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -16,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 from fastcl import checkpoint
-from fastcl.checkpoint import NAME
+from fastcl.checkpoint import NAME, PREVIOUS
 from fastcl.data import DATASETS
 from fastcl.data.augment import RECIPES as AUGMENTATIONS
 from fastcl.data.colours import CHANNELS
@@ -47,7 +48,12 @@ class Run:
         10, "epochs between kNN evaluations; 0: only first and last", at_least=0
     )
     checkpoint_every: int = option(1, "epochs between checkpoints", at_least=1)
+    keep_every: int = option(
+        0, "epochs between checkpoints kept for good, checkpoint-epochN.pt; 0: none", at_least=0
+    )
     log_every: int = option(10, "steps between rows of metrics.jsonl", at_least=1)
+    report: bool = option(True, "draw report.png and report.html at the end")
+    tensorboard: bool = option(True, "write TensorBoard events too, where it is installed")
 
 
 RUNS = "runs"  # the folder of run folders, where --output does not say otherwise
@@ -114,7 +120,7 @@ def find_checkpoint(where: str, output: str | None, method: str | None) -> Path:
         path = Path(where or str(output))
         path = path / NAME if path.is_dir() else path
         if not path.is_file():
-            raise UsageError(f"nothing to resume: there is no checkpoint at {path}")
+            raise UsageError(f"nothing to resume: there is no checkpoint at {path}{_whole(path)}")
         return path
     found = sorted(
         Path(RUNS).glob(f"{method or ''}*/{NAME}"), key=lambda path: path.stat().st_mtime
@@ -128,8 +134,20 @@ def _saved_values(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = checkpoint.load(path)["values"]
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot resume: {error}") from None
+        raise UsageError(f"cannot resume: {error}{_whole(path)}") from None
     return values
+
+
+def _whole(path: Path) -> str:
+    """Which other checkpoint beside path can be read, and how to go on from it; "" for none."""
+    others = [path.with_name(NAME), path.with_name(PREVIOUS)]
+    others += sorted(path.parent.glob("checkpoint-epoch*.pt"), key=lambda p: -p.stat().st_mtime)
+    for other in others:
+        with contextlib.suppress(OSError, ValueError):
+            if other != path:
+                step = checkpoint.load(other)["step"]
+                return f"; {other.name} is whole, of step {step}: go on with --resume {other}"
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,23 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, on the disk at once: a killed run keeps its rows."""
+    """metrics.jsonl: one JSON object a line, on the disk at once: a killed run keeps its rows.
 
-    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+    With tensorboard, where it is installed, its numbers are events in the same folder too.
+    """
+
+    def __init__(
+        self, path: Path, resume_at: int | None = None, *, tensorboard: bool = False
+    ) -> None:
         """With resume_at, rows of later steps than it are cut off: they will be written again."""
         kept: list[str] = []
         if resume_at is not None and path.exists():
             kept = [row for row in path.read_text().splitlines() if _step_of(row) <= resume_at]
         path.write_text("".join(row + "\n" for row in kept))
         self.path = path
+        self.events: Any = None
+        if tensorboard:
+            self.events = _event_writer(path.parent, None if resume_at is None else resume_at + 1)
 
     def write(self, **row: Any) -> None:
         finite = {
@@ -31,6 +40,30 @@ class Metrics:
         }
         with self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
+        if self.events is not None:
+            for key, value in finite.items():
+                if key != "step" and value is not None:
+                    self.events.add_scalar(key, value, finite["step"])
+            self.events.flush()  # a resumed run continues curves that have no gap
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
+
+
+def _event_writer(folder: Path, purge_step: int | None) -> Any:
+    """TensorBoard's writer, events from purge_step on taken back; None where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without those that a kill cut short."""
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
 
 
 def _step_of(row: str) -> float:
@@ -122,3 +155,41 @@ def effective_rank(embedding: Tensor) -> float:
     values = torch.linalg.svdvals(embedding.float())
     p = values / values.sum()
     return float(torch.exp(-torch.xlogy(p, p).sum()))
+
+
+STILL = 0.1  # share of an even spread's standard deviation below which embeddings hardly differ
+FLAT = 0.005  # relative distance of the loss to that of equal embeddings
+FEW = 1.5, 0.02  # effective rank, and its share of what there can be, that are next to nothing
+
+
+def collapse_signs(row: Mapping[str, Any]) -> list[str]:
+    """What a row of metrics.jsonl says against the embeddings; nothing when they are well."""
+    signs = []
+    flat, loss = row.get("loss_if_collapsed"), row.get("loss")
+    if flat is not None and loss is not None and abs(loss / flat - 1) < FLAT:
+        signs.append(f"the loss sits at {flat:.3f}, what it is when all embeddings are the same")
+    even, std = row.get("feature_std_even"), row.get("feature_std")
+    if even is not None and std is not None and std < STILL * even:
+        signs.append(
+            f"they hardly differ, with a standard deviation of {std:.1e} "
+            f"({even:.1e} when spread evenly)"
+        )
+    most, rank = row.get("effective_rank_most"), row.get("effective_rank")
+    if most is not None and rank is not None and rank < min(max(FEW[0], FEW[1] * most), most):
+        signs.append(f"they fill few directions, with an effective rank of {rank:.2f} of {most}")
+    return signs
+
+
+def collapse_sentence(row: Mapping[str, Any]) -> str:
+    """The same in one plain sentence, for better or worse."""
+    if row.get("feature_std") is None or row.get("effective_rank") is None:
+        return "Nothing can be said of collapse: there is no step with finite embeddings."
+    if signs := collapse_signs(row):
+        return f"The embeddings have collapsed: {'; '.join(signs)}."
+    flat = row.get("loss_if_collapsed")
+    loss = f", and the loss {row['loss']:.3f} is not the {flat:.3f} of equal ones" if flat else ""
+    return (
+        f"The embeddings have not collapsed: their standard deviation is {row['feature_std']:.3f} "
+        f"({row['feature_std_even']:.3f} when spread evenly), their effective rank "
+        f"{row['effective_rank']:.1f} of at most {row['effective_rank_most']}{loss}."
+    )

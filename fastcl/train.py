@@ -2,7 +2,8 @@
 
 Read it from top to bottom: `main` turns errors into one line and an exit code, `Trainer` sets up a
 run (or takes up a saved one) and `fit` is the loop. The run folder then holds config.yaml,
-metrics.jsonl and checkpoint.pt.
+metrics.jsonl (and the same as TensorBoard's events), checkpoint.pt, the one before it, best.pt,
+report.png and report.html.
 
 Exit codes: 0 done; 1 stopped by a loss that is not finite or by a full disk; 2 wrong usage; 130
 Ctrl-C; 143 SIGTERM.
@@ -18,14 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl import checkpoint
+from fastcl import checkpoint, report
 from fastcl.config import RUNS, Request, UsageError, as_dict, parse, to_yaml
 from fastcl.data import Loader, TensorSplit, augment, load
 from fastcl.evaluate import knn_accuracy, pixel_knn_accuracy
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS, Progress
 from fastcl.optim import OPTIMIZERS, learning_rate, split_group
-from fastcl.progress import Metrics, ProgressBar, effective_rank, feature_std
+from fastcl.progress import (
+    Metrics,
+    ProgressBar,
+    collapse_signs,
+    effective_rank,
+    feature_std,
+)
 
 LOOKED_AT = 64  # training images that a method may refuse
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,10 +128,15 @@ class Trainer:
         self.path = self.folder / checkpoint.NAME
         if request.checkpoint is not None:
             self._restore(request)
+            if request.checkpoint != self.path:  # what was damaged or given up must not be kept
+                checkpoint.keep(request.checkpoint, checkpoint.NAME)
+            self._keep()
         values = to_yaml(as_dict(run, config))
         (self.folder / "config.yaml").write_text(values, encoding="utf-8")
         self.metrics = Metrics(
-            self.folder / "metrics.jsonl", None if request.checkpoint is None else self.step
+            self.folder / "metrics.jsonl",
+            None if request.checkpoint is None else self.step,
+            tensorboard=run.tensorboard,
         )
         self.bar = ProgressBar(self.steps, self.step)
 
@@ -149,7 +161,8 @@ class Trainer:
                         if self.step % run.log_every == 0 or self.step == self.steps:
                             self._log()
                 self._evaluate()
-                if self._epoch % run.checkpoint_every == 0 or self.step == self.steps:
+                due = self._epoch % run.checkpoint_every == 0 or self.step == self.steps
+                if due or self._copies():
                     self._save()
             self._summary()
             return 0
@@ -159,6 +172,7 @@ class Trainer:
             reason = error.strerror or str(error)
             raise Stopped(f"cannot write to {self.folder}: {reason}; {self._kept()}") from None
         finally:
+            self.metrics.close()
             self.bar.close()
 
     def _step(self, views: list[Tensor], indices: Tensor) -> None:
@@ -230,6 +244,9 @@ class Trainer:
             "feature_std": feature_std(self.method.embedding),
             "effective_rank": effective_rank(self.method.embedding),
             "images_per_second": round(rate, 1),
+            "loss_if_collapsed": self.method.collapsed_loss(),
+            "feature_std_even": self.method.embedding.shape[1] ** -0.5,
+            "effective_rank_most": min(self.method.embedding.shape),
         }
         self.metrics.write(**self.last)
         self.bar.update(self.step, loss, rate)
@@ -292,6 +309,21 @@ class Trainer:
         }
         checkpoint.save(self.path, state)
         self.saved = self.step
+        self._keep()
+
+    def _keep(self) -> None:
+        for name in self._copies():
+            checkpoint.keep(self.path, name)
+
+    def _copies(self) -> list[str]:
+        """The other names that this step's checkpoint is kept under."""
+        epoch, rest = divmod(self.step, len(self.loader))
+        every = self.run.keep_every
+        names = [f"checkpoint-epoch{epoch}.pt"] if every and not rest and not epoch % every else []
+        trained = {step: accuracy for step, accuracy in self.knn.items() if step}
+        if trained and max(trained, key=trained.__getitem__) == self.step:
+            names.append("best.pt")
+        return names
 
     def _restore(self, request: Request) -> None:
         """The inverse of `_save`. Raises ValueError when the checkpoint is of another model."""
@@ -339,28 +371,14 @@ class Trainer:
     def _summary(self) -> None:
         """The three numbers, and a word if the embeddings collapsed."""
         self.bar.close()
-        for note in self._collapse():
-            print(f"note: {note}")
+        if signs := collapse_signs(self.last):
+            print(f"note: the embeddings have collapsed: {'; '.join(signs)}")
         numbers = {"trained encoder": self.knn[self.steps], "untrained encoder": self.knn.get(0)}
         numbers["raw pixels"] = self.raw_pixels
         shown = (f"{name} {value:.1%}" for name, value in numbers.items() if value is not None)
         print(f"kNN accuracy: {', '.join(shown)}\n{self.path}", flush=True)
-
-    def _collapse(self) -> list[str]:
-        """What the last row says against the embeddings."""
-        notes, row = [], self.last
-        even = 1 / math.sqrt(self.method.embedding.shape[1]) if row else 0.0
-        flat = self.method.collapsed_loss()
-        if row and flat is not None and abs(row["loss"] / flat - 1) < 0.005:
-            notes.append(
-                f"the loss sits at {flat:.3f}, what it is when all embeddings are the same"
-            )
-        if row and row["feature_std"] < 0.1 * even:
-            notes.append(
-                f"the embeddings hardly differ: their standard deviation is "
-                f"{row['feature_std']:.1e}, {even:.1e} if they were spread evenly"
-            )
-        return notes
+        if self.run.report:
+            print(report.after_training(self.folder, self.data, self.device), flush=True)
 
 
 def _device(name: str) -> torch.device:

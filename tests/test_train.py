@@ -19,11 +19,12 @@ from fastcl import train as train_module
 from fastcl.config import parse
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS
-from fastcl.progress import Metrics, effective_rank, feature_std
+from fastcl.progress import Metrics, collapse_signs, effective_rank, feature_std
 from fastcl.train import Trainer, main
 
-# The smallest run: 64 images of 16 pixels, 4 steps an epoch.
+# The smallest run: 64 images of 16 pixels, 4 steps an epoch. What it shows: test_report.py.
 SMALL = "--backbone tiny-resnet --batch-size 16 --epochs 3 --log-every 2 --eval-every 1 --workers 0"
+SMALL += " --no-report --no-tensorboard"
 QUEUES = {
     "moco-v1": "--queue-size 24 --bn-splits 2",
     "moco-v2": "--queue-size 24 --bn-splits 2",
@@ -139,6 +140,8 @@ def test_run_writes_config_metrics_and_checkpoint(method, flags, tmp_path, capsy
     out = capsys.readouterr().out
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "best.pt",
+        "checkpoint.previous.pt",
         "checkpoint.pt",
         "config.yaml",
         "metrics.jsonl",
@@ -532,8 +535,8 @@ def test_collapse_is_noted(method, head, flags):
     for views, _, indices in trainer.loader:
         trainer._step(views, indices)
     trainer._log()
-    sits, same = trainer._collapse()
-    assert "the loss sits at" in sits and "hardly differ" in same
+    sits, same, few = collapse_signs(trainer.last)
+    assert "the loss sits at" in sits and "hardly differ" in same and "rank of 1.00" in few
 
 
 def test_a_healthy_run_is_not_called_collapsed(flags, capsys):

@@ -41,6 +41,7 @@ STYLE: Any = {  # matplotlib's settings
 }
 SOLID: Any = "solid"
 DASHED: Any = (0, (2, 1.2))
+LONG = 24  # characters of a class name
 MANY = 20  # classes that colours can still tell apart
 DPI = 100
 SIDE = 64  # pixels of an image in the grid
@@ -117,7 +118,7 @@ def _curve(panel: Axes, title: str, rows: Sequence[Row], key: str, floor: bool =
         panel.set_ylim(0, 1.08 * max(y) or 1)
 
 
-def _line(panel: Axes, value: float | None, label: str) -> None:
+def _line(panel: Axes, value: float | None, label: str, side: str = "right") -> None:
     """A dashed line that says what the curve is to be held against."""
     if value is None:
         return
@@ -125,8 +126,9 @@ def _line(panel: Axes, value: float | None, label: str) -> None:
     low, high = panel.get_ylim()
     panel.set_ylim(low, max(high, value + 0.12 * (value - low)))
     panel.annotate(
-        label, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2),
-        textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color="#444444",
+        label, (1 if side == "right" else 0.02, value), xycoords=("axes fraction", "data"),
+        xytext=(0, 2), textcoords="offset points", ha=side, va="bottom", fontsize=8.5,
+        color="#444444",
     )  # fmt: skip
 
 
@@ -137,13 +139,14 @@ def _accuracy(panel: Axes, rows: Sequence[Row]) -> None:
     x, y = [row["epoch"] for row in found], [row["knn_top1"] for row in found]
     panel.plot(x, y, color=OURS, marker="o", markersize=5, linewidth=1.6, zorder=3)
     references = [("untrained encoder", found[0]["knn_top1"])] if found and x[0] == 0 else []
-    references += [] if raw is None else [("raw pixels", raw)]
+    references += [("raw pixels", raw)] if raw is not None else []
     panel.set_title("kNN accuracy")
     panel.set_title(f"{y[-1]:.1%}" if y else "", loc="right", color=OURS)
     panel.set_ylim(0, min(1.05, 1.25 * max([*y, *(v for _, v in references), 0.01])))
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for name, value in references:
-        _line(panel, value, f"{name} {value:.1%}")
+    for name, value in references:  # on either side: they may be close
+        side = "left" if name == "raw pixels" else "right"
+        _line(panel, value, f"{name} {value:.1%}", side)
 
 
 def _momentum(panel: Axes, steps: Sequence[Row]) -> None:
@@ -174,7 +177,7 @@ def feature_map(figure: Figure, places: Tensor, labels: Tensor, classes: Sequenc
     named = [c for c in known if c >= 0]
     for label in known:
         chosen = (labels == label).numpy()
-        colour = "#999999" if label < 0 else _colour(label, len(classes))
+        colour = "#cccccc" if label < 0 else _colour(label, len(classes))
         name = "no label" if label < 0 else _plain(classes[label])
         panel.scatter(
             x[chosen], y[chosen], s=11, color=colour, linewidths=0, alpha=0.85, label=name
@@ -185,7 +188,9 @@ def feature_map(figure: Figure, places: Tensor, labels: Tensor, classes: Sequenc
     panel.spines[["left", "bottom"]].set_visible(False)
     panel.set_title(f"Features of {len(places):,} test images (t-SNE)")
     if named and len(known) <= MANY:
-        figure.legend(loc="outside lower center", ncols=5, markerscale=2, handletextpad=0.2)
+        longest = max(len(_plain(classes[c])) for c in named)
+        columns = max(1, min(5, 80 // (longest + 8)))
+        figure.legend(loc="outside lower center", ncols=columns, markerscale=2, handletextpad=0.2)
     elif named:
         panel.set_xlabel(f"{len(classes):,} classes, in colours by their order")
     return panel
@@ -199,7 +204,8 @@ def _colour(label: int, classes: int) -> Any:
 
 def _plain(text: str) -> str:
     """Text in which matplotlib sees no formula, and which a legend does not take for hidden."""
-    return " " + text.replace("$", r"\$")
+    short = text if len(text) <= LONG else text[: LONG - 1] + "…"
+    return " " + short.replace("$", r"\$")
 
 
 def neighbour_grid(

@@ -42,7 +42,7 @@ class Metrics:
             file.write(json.dumps(finite) + "\n")
         if self.events is not None:
             for key, value in finite.items():
-                if key != "step" and value is not None:
+                if key not in ("step", "epoch") and value is not None:
                     self.events.add_scalar(key, value, finite["step"])
             self.events.flush()  # a resumed run continues curves that have no gap
 
@@ -182,8 +182,8 @@ def collapse_signs(row: Mapping[str, Any]) -> list[str]:
 
 def collapse_sentence(row: Mapping[str, Any]) -> str:
     """The same in one plain sentence, for better or worse."""
-    if row.get("feature_std") is None or row.get("effective_rank") is None:
-        return "Nothing can be said of collapse: there is no step with finite embeddings."
+    if any(row.get(key) is None for key in ("loss", "feature_std", "effective_rank")):
+        return "Nothing can be said of collapse: there is no step with a finite loss."
     if signs := collapse_signs(row):
         return f"The embeddings have collapsed: {'; '.join(signs)}."
     flat = row.get("loss_if_collapsed")

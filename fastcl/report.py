@@ -156,7 +156,7 @@ def evenly(split: Split, most: int) -> Split:
 
 
 def nearest(features: Tensor, labels: Tensor, test: Split) -> Neighbours:
-    """features (N, D), unit: the first image of each class, or of some, and its nearest others."""
+    """features (N, D), unit: the first images of each class, or of some, and those nearest them."""
     from fastcl.pictures import Neighbours
 
     assert isinstance(test, TensorSplit)
@@ -166,7 +166,8 @@ def nearest(features: Tensor, labels: Tensor, test: Split) -> Neighbours:
     known = known[known >= 0]
     if len(known) > 1:
         some = known[torch.linspace(0, len(known) - 1, min(QUERIES, len(known))).long()]
-        queries = torch.stack([(labels == c).nonzero()[0, 0] for c in some])
+        each = QUERIES // len(some)
+        queries = torch.cat([(labels == c).nonzero()[:each, 0] for c in some])
         with_label = labels >= 0
         right = float((labels[order] == labels[:, None])[with_label].float().mean())
     else:
@@ -228,7 +229,8 @@ h1 {{ font-size: 1.7rem; margin: 0 }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .
 table {{ border-collapse: collapse }}
 th, td {{ text-align: left; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #ddd }}
 td {{ font-variant-numeric: tabular-nums }}
-img {{ max-width: 100%; height: auto; display: block }}
+img {{ width: 100%; min-width: 600px; height: auto; display: block }}
+#map, #neighbours {{ max-width: 800px }}
 pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem }}
 </style>
 </head>
@@ -344,7 +346,8 @@ def grid_in_words(found: Neighbours) -> str:
 
 def image(name: str, pixels: NDArray[np.uint8], alt: str) -> str:
     data = base64.b64encode(png(pixels)).decode()
-    return f'<img id="{name}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    source = f"data:image/png;base64,{data}"
+    return f'<div class="wide"><img id="{name}" alt="{html.escape(alt)}" src="{source}"></div>'
 
 
 if __name__ == "__main__":

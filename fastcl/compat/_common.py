@@ -59,14 +59,21 @@ def as_scalar(value: float | Tensor) -> float | Tensor:
     return value.reshape(()) if isinstance(value, Tensor) else float(value)
 
 
-def as_their_dtype(loss: Tensor, *inputs: Tensor) -> Tensor:
+def as_their_dtype(loss: Tensor, *inputs: Tensor, on_cpu: str = "float32") -> Tensor:
     """A loss that was computed in float32, in the dtype of the plain expression's result.
 
-    That is what the inputs promote to; under autocast, float32, as cross entropies are there.
+    That is what the inputs promote to. Under autocast it is float32, as cross entropies and
+    log-sum-exps are there; but on the CPU a log-sum-exp is not among the operations in float32, so
+    that expressions without a cross entropy end in autocast's dtype (on_cpu="autocast") or in
+    their inputs' (on_cpu="inputs").
     """
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs))
-    if torch.is_autocast_enabled(loss.device.type):
-        dtype = torch.promote_types(dtype, torch.float32)
+    device = loss.device.type
+    if torch.is_autocast_enabled(device):
+        if device != "cpu" or on_cpu == "float32":
+            dtype = torch.promote_types(dtype, torch.float32)
+        elif on_cpu == "autocast" and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
     return loss.to(dtype)
 
 

@@ -175,7 +175,7 @@ class DCLLoss(nn.Module):
             unit0, unit1 = unit(out0), unit(out1)
             weights = (self.weight_fn(unit0, unit1), self.weight_fn(unit1, unit0))
             positive = positive * torch.cat(weights)
-        return as_their_dtype((others - positive).mean(), out0, out1)
+        return as_their_dtype((others - positive).mean(), out0, out1, on_cpu="autocast")
 
     def _loss(self, *args: Tensor) -> Tensor:
         """What lightly's own forward calls."""
@@ -318,7 +318,8 @@ class NegativeCosineSimilarity(nn.Module):
         rows = [x.movedim(self.dim, -1).reshape(-1, x.shape[self.dim]) for x in (x0, x1)]
         if not pairs(*rows):
             return -nn.functional.cosine_similarity(x0, x1, self.dim, self.eps).mean()
-        return as_their_dtype(F.negative_cosine(rows[0], rows[1], eps=self.eps), x0, x1)
+        loss = F.negative_cosine(rows[0], rows[1], eps=self.eps)
+        return as_their_dtype(loss, x0, x1, on_cpu="inputs")
 
 
 class DINOLoss(nn.Module):
@@ -390,7 +391,7 @@ class DINOLoss(nn.Module):
             teacher_temperature=temperature,
         )
         self.update_center(teacher)
-        return as_their_dtype(loss, student)
+        return as_their_dtype(loss, student, on_cpu="autocast")
 
     def _cannot_fuse(
         self, teacher_out: list[Tensor], student_out: list[Tensor], temperature: float

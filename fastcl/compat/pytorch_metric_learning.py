@@ -133,7 +133,7 @@ def ntxent(
     a, p = pair_indices(positives, own)
     x, y = (unit(v) if normalize else in_float(v) for v in (z, ref))
     losses = against(others[a], t * PairDots.apply(x, y, a, p))
-    return answer(as_their_dtype(losses, z, ref), (a, p), "pos_pair")
+    return answer(as_their_dtype(losses, z, ref, on_cpu="autocast"), (a, p), "pos_pair")
 
 
 def supcon(
@@ -159,7 +159,11 @@ def supcon(
     rows = torch.where(
         (positives.number == 0) | _vanished(rows, t * itself - positive, z), 0.0, rows
     )
-    return answer(as_their_dtype(rows, z, ref), torch.arange(len(z), device=z.device), "element")
+    return answer(
+        as_their_dtype(rows, z, ref, on_cpu="autocast"),
+        torch.arange(len(z), device=z.device),
+        "element",
+    )
 
 
 def _vanished(loss: Tensor, below: Tensor, like: Tensor) -> Tensor:

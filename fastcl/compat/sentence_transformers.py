@@ -41,6 +41,7 @@ from torch import Tensor
 import fastcl.functional as F
 from fastcl.compat._common import (
     against,
+    as_their_dtype,
     in_float,
     paired_dot,
     pairs,
@@ -91,9 +92,11 @@ def ranking_loss(loss: Any, r: Rows) -> Tensor:
     if loss.partition_mode == "joint":
         again = [positive] if "doc_to_query" in loss.directions else []
         every = [lse for direction in others.values() for lse in direction]
-        return against(joined([*every, *again]), positive).mean()
-    rows = [against(joined(direction), positive) for direction in others.values()]
-    return torch.stack(rows).mean()
+        rows = against(joined([*every, *again]), positive)
+    else:
+        directions = [against(joined(direction), positive) for direction in others.values()]
+        rows = torch.stack(directions).mean(0)
+    return as_their_dtype(rows.mean(), positive, on_cpu="autocast")
 
 
 def other_candidates(loss: Any, r: Rows) -> dict[str, list[Tensor]]:

@@ -65,6 +65,7 @@ def test_negative_temperature_runs_the_packages_code(draw):
     torch.testing.assert_close(result, theirs.InfoNCE(-0.3)(x, y))
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 @pytest.mark.parametrize(
     "shapes, mode",
     [

@@ -99,6 +99,7 @@ def test_subclasses_that_use_or_override_logits(draw):
         torch.testing.assert_close(Margin()(image, text, 5.0), expected)
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 @pytest.mark.parametrize("shapes", [((3, 4), (5, 4)), ((3, 4), (3, 5)), ((3,), (3,))])
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
 def test_errors_are_open_clips(shapes, name):

@@ -138,6 +138,7 @@ def test_do_nothing_reducer_gives_the_librarys_dictionary(draw, name):
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_miners_run_the_librarys_code(compare, draw, name):
     labels = torch.tensor(LABELS["few"])
@@ -145,6 +146,15 @@ def test_miners_run_the_librarys_code(compare, draw, name):
         pair = compare(*both(name, 0.5), torch.float64, fused=False)
         pair.step(lambda loss, x: loss(x, labels, miner(x, labels)), (draw(12, 7),))
         pair.step(lambda loss, x: loss(x, indices_tuple=miner(x, labels)), (draw(12, 7),))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dtype_under_autocast(draw, name):
+    labels, x = torch.tensor(LABELS["few"]), draw(12, 7).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, result = (f(x, labels) for f in both(name, 0.5))
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -212,6 +222,7 @@ def test_cross_batch_memory_with_an_enqueue_mask(compare, draw, name):
         pair.step(lambda loss, x: loss(x, labels, enqueue_mask=mask), (draw(10, 6),))
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_cross_batch_memory_with_a_miner_or_pairs(compare, draw, name):
     labels = torch.tensor(LABELS["few"])
@@ -255,6 +266,7 @@ def test_cross_batch_memory_around_other_losses(compare, draw):
 # ---- the interface -------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_the_librarys(name):
     x = torch.randn(4, 3)
@@ -276,6 +288,7 @@ def test_errors_are_the_librarys(name):
         ours.CrossBatchMemory(losses.ArcFaceLoss(3, 4), 4)
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_that_are_not_integers(compare, draw, name):
     labels = torch.tensor(LABELS["few"])

@@ -137,6 +137,15 @@ def test_gather_of_one_process(compare, draw):
     pair.step(of_embeddings, [draw(5, 4), draw(5, 4)])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_dtype_under_autocast(draw, name):
+    columns = [draw(8, 6).float() for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, result = (of_embeddings(f, *columns) for f in both(name))
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=0)
+
+
 def batches(columns, n, seed):
     generator = torch.Generator().manual_seed(seed)
     features = []
@@ -201,6 +210,7 @@ def test_wrong_arguments(name, options):
             loss(batches(1, 3, 0), None)
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_other_similarities_run_the_librarys_code(compare, draw, name):
     pair = compare(*both(name, similarity_fct=euclidean_sim), torch.float64, fused=False)

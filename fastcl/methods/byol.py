@@ -63,7 +63,7 @@ class BYOL(Method):
             warmup_epochs=0.5,
             hidden=256,
             dim=64,
-            momentum=0.95,  # 936 steps in all: the target must follow
+            momentum=0.9,  # 936 steps in all: the target must follow
         ),
     }
     config: Config

@@ -87,7 +87,7 @@ class DINO(Method):
             final_weight_decay=1e-4,
             drop_path=0.0,
         ),
-        "quick": Config(
+        "quick-vit": Config(
             backbone="tiny-vit",
             image_size=24,
             crop_scale=(0.3, 1.0),
@@ -110,7 +110,7 @@ class DINO(Method):
             freeze_last_layer=0.25,
             momentum=0.97,
         ),
-        "quick-resnet": Config(
+        "quick": Config(
             backbone="tiny-resnet",
             image_size=24,
             crop_scale=(0.3, 1.0),

@@ -71,6 +71,7 @@ class MoCoV3(Method):
         ),
         "quick": Config(
             backbone="tiny-resnet",
+            zero_init_residual=False,
             image_size=24,
             crop_scale=(0.3, 1.0),
             augmentation="moco-v2",
@@ -84,8 +85,28 @@ class MoCoV3(Method):
             warmup_epochs=0.5,
             hidden=256,
             dim=64,
-            momentum=0.95,  # 936 steps in all: the keys must follow
+            momentum=0.9,  # 936 steps in all: the keys must follow
             temperature=0.2,
+        ),
+        "quick-vit": Config(
+            zero_init_residual=False,
+            backbone="tiny-vit",
+            image_size=24,
+            crop_scale=(0.3, 1.0),
+            augmentation="moco-v2",
+            blur=False,
+            jitter=2.0,
+            epochs=8,
+            batch_size=128,
+            optimizer="adamw",
+            lr=0.001,
+            weight_decay=1e-4,
+            warmup_epochs=0.5,
+            hidden=256,
+            dim=64,
+            momentum=0.9,
+            temperature=0.2,
+            freeze_patch=True,
         ),
     }
     config: Config

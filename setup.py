@@ -202,7 +202,8 @@ def escape_flag(flag: str) -> str:
 
 setup(
     packages=[
-        *("fastcl", "fastcl._C", "fastcl._functional", "fastcl.ops", "fastcl.reference"),
+        *("fastcl", "fastcl._C", "fastcl._functional", "fastcl.compat", "fastcl.ops"),
+        "fastcl.reference",
         *("fastcl.kernels", "fastcl.data", "fastcl.methods", "fastcl.models"),
     ],
     package_dir={"fastcl.kernels": "kernels"},

@@ -90,6 +90,7 @@ def test_errors_are_the_packages(shapes, mode):
     assert errors[0] == errors[1]
 
 
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
 def test_unknown_reduction():
     for module in (theirs, ours):
         with pytest.raises(ValueError, match="is not a valid value for reduction"):

@@ -56,6 +56,14 @@ class Run:
     tensorboard: bool = option(True, "write TensorBoard events too, where it is installed")
 
 
+WATCHING = {  # flags of a Run that are about what it writes
+    *("output", "eval_every", "log_every", "report", "tensorboard"),
+    *("checkpoint_every", "keep_every"),
+}
+OPTIMISATION = {  # flags of every Config that are about the optimizer
+    *("epochs", "batch_size", "optimizer", "lr", "sgd_momentum", "weight_decay", "schedule"),
+    *("warmup_epochs", "start_lr", "final_lr", "milestones", "factors"),
+}
 RUNS = "runs"  # the folder of run folders, where --output does not say otherwise
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -158,9 +166,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser(method: str, recipe: str, base: Config) -> _Parser:
     parser = _Parser(
         prog="python -m fastcl.train",
-        description=f"Self-supervised training. Defaults below: --method {method} "
-        f"--recipe {recipe}. Methods: {', '.join(METHODS)}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--method METHOD] [flags]",
+        description="Self-supervised training. In brackets: the default, here that of\n"
+        f"--method {method} --recipe {recipe}.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of values for the flags below")
@@ -172,11 +183,13 @@ def _parser(method: str, recipe: str, base: Config) -> _Parser:
         help="go on with a run (folder or checkpoint.pt); alone: with --output, or the latest one",
     )
     parser.add_argument("--print-config", action="store_true", help="print the values and stop")
-    own = {field.name for field in dataclasses.fields(Config)}
+    shared = fields_of(Config)
     groups = (
-        ("run", Run(), fields_of(Run)),
-        ("training", base, own),
-        (method, base, fields_of(type(base)) - own),
+        ("the run", Run(), fields_of(Run) - WATCHING),
+        ("what it writes, and how often", Run(), WATCHING),
+        ("encoder and views", base, shared - OPTIMISATION),
+        ("optimisation", base, OPTIMISATION),
+        (f"the method, {method}", base, fields_of(type(base)) - shared),
     )
     for title, instance, names in groups:
         group = parser.add_argument_group(title)
@@ -190,10 +203,9 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, owner: type, default: A
     """One flag; its default is None, so that what was given can be told from what was not."""
     flag, text = "--" + name.replace("_", "-"), metadata(owner, name)["help"]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    options: dict[str, Any] = {
-        "default": None,
-        "help": f"{text} [{'none' if shown in (None, '') else shown}]".replace("%", "%%"),
-    }
+    shown = "none" if shown in (None, "") else shown
+    shown = ("off", "on")[shown] if isinstance(shown, bool) else shown
+    options: dict[str, Any] = {"default": None, "help": f"{text} [{shown}]".replace("%", "%%")}
     kind, many, _ = kind_of(owner, name)
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)

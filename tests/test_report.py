@@ -145,6 +145,17 @@ def test_numbers_of_the_page_are_those_of_metrics(page, rows):
     assert page.text["collapse"] == collapse_sentence(last)
 
 
+def test_best_is_the_first_of_the_highest_after_training_began():
+    accuracies = (0.9, 0.3, 0.5, 0.5, 0.4)  # untrained first
+    rows = [{"step": 4 * i, "epoch": i, "knn_top1": a} for i, a in enumerate(accuracies)]
+    found = {what: (shown, value) for what, shown, value in report.final_numbers(rows)}
+    assert found == {
+        "kNN, trained encoder": ("40.0%", 0.4),
+        "kNN, best": ("50.0% at epoch 2", 0.5),
+        "kNN, untrained encoder": ("90.0%", 0.9),
+    }
+
+
 def test_page_holds_the_config_and_the_classes_as_text(page, run):
     assert page.text["config"] == (run / "config.yaml").read_text()
     assert "b" not in page.tags

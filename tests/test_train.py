@@ -1,5 +1,6 @@
 """`python -m fastcl.train`: what it writes, how it goes on, and what it says when it cannot."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 
 from fastcl import checkpoint
 from fastcl import train as train_module
-from fastcl.config import parse
+from fastcl.config import Run, parse
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS
 from fastcl.progress import Metrics, collapse_signs, effective_rank, feature_std
@@ -444,8 +445,28 @@ def test_help_shows_every_field_with_its_default(capsys):
         main(["--method", "moco-v2", "--recipe", "paper", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for shown in ("--queue-size", "[65536]", "--temperature", "[0.2]", "--resume", "--workers"):
-        assert shown in text
+    names = {"the run", "what it writes, and how often", "encoder and views", "optimisation"}
+    groups = dict(re.findall(r"^(\w[^\n]*):\n((?: .*\n|\n(?= ))+)", text, re.MULTILINE))
+    assert names | {"the method, moco-v2"} < groups.keys()
+    expected = METHODS["moco-v2"].recipes["paper"]
+    for group, flag, default in (
+        ("the run", "--workers INT", 1),
+        ("what it writes, and how often", "--report, --no-report", "on"),
+        ("what it writes, and how often", "--keep-every INT", 0),
+        ("optimisation", "--lr FLOAT", expected.lr),
+        ("encoder and views", "--crop-scale [N ...]", "0.2 1.0"),
+        ("the method, moco-v2", "--queue-size INT", 65536),
+        ("the method, moco-v2", "--temperature FLOAT", 0.2),
+    ):
+        after = groups[group].split(f"  {flag} ")[1].split("\n  --")[0]
+        assert " ".join(after.split()).endswith(f"[{default}]"), (flag, after)
+    flags = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
+    fields = {f.name for f in dataclasses.fields(Run)} | {
+        f.name for f in dataclasses.fields(expected)
+    }
+    assert sorted(flags) == sorted(
+        ["--config", "--resume", "--print-config", *("--" + f.replace("_", "-") for f in fields)]
+    )
 
 
 def test_printed_config_gives_the_same_values_back(tmp_path, capsys):

@@ -214,7 +214,7 @@ TABLE = [
         gradients=("z0", "z1"),
         plain=plain.instance_spread,
         fused=lambda z0, z1: F.instance_spread(z0, z1, temperature=0.1),
-        work=lambda b, *, N, D: Work(2 * (2 * (2 * N) ** 2 * D), "flop"),
+        work=lambda b, *, N, D: Work(2.5 * (2 * (2 * N) ** 2 * D), "flop"),
         matrix=lambda *, N, D: (2 * N) ** 2,
         scaling="N",
     ),

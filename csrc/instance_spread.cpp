@@ -2,139 +2,202 @@
 //
 // Rows r are 2N views, row r's partner is (r + N) mod 2N, m weighs the negatives (c ≠ r, partner).
 //
-//   s_rc   = t · ẑ_r·ẑ_c + [c negative] log m            c ≠ r
-//   p_rc   = exp(s_rc) / D_r,   D_r = Σ_{c≠r} exp s_rc,   q_rc = 1 − p_rc
-//   loss_r = −log p_r,partner − m Σ_negatives log(1 − p_rc / m)
-//   R_rc   = p_rc / (m − 1 + q_rc),   B_r = Σ_negatives R_rc
-//   G_rc   = p_rc (1 − m (B_r − R_rc)) + m R_rc q_rc      on a negative
-//          = −q_rc − m p_rc B_r                           on the partner
+//   s_rc   = t · ẑ_r·ẑ_c                                  c ≠ r
+//   p_rc   = [c negative] m exp(s_rc) / D_r, or exp(s_rc) / D_r;   D_r makes Σ_{c≠r} p_rc = 1
+//   q_rc   = 1 − p_rc,   u_rc = p_rc / m
+//   loss_r = −log p_r,partner − m Σ_negatives log(1 − u_rc)
+//   R_rc   = u_rc / (1 − u_rc) = p_rc / (m − 1 + q_rc),   B_r = Σ_negatives R_rc
+//   G_rc   = p_rc (1 − m B_r) + m R_rc = p_rc (1 − m (B_r − R_rc)) + m R_rc q_rc    on a negative
+//          = −q_rc − m p_rc B_r                                                     on the partner
 //   ∂/∂ẑ_r = t Σ_c g_r G_rc ẑ_c (+ t Σ_c g_c G_cr ẑ_c if columns are not detached)
 //
 // q is never formed by a subtraction that cancels. Only the largest entry of a row can exceed ½;
-// the first pass keeps that maximum apart from the sum of the others, whose share o_r of D_r is its
-// q.
-// The few entries that are special (a row's partner, an entry above ½) are taken out of the strip
-// and treated one by one; vectors see only p ≤ ½.
-// Two matrix products forward, two backward (three with a gradient to the columns).
+// the first pass keeps the largest negative apart from the sum of the others, and the partner apart
+// from both, so that the share of all but the largest, o_r, is that one's q. What exceeds ½ is
+// treated by itself; vectors see only p ≤ ½ (or a little above: see ALONE).
+//
+// s is symmetric though p and G are not: a pair of blocks i < j is computed once for the rows of
+// both. Matrix products of the full 2N × 2N: forward ½ for D, which u needs, and ½ for the sums of
+// the logarithms; backward ½ for s, and ½ each for the gradients of either block's rows. Two and a
+// half in all, with or without a gradient through the columns: with it the weight of a pair,
+// g_r G_rc + g_c G_cr, serves both products; without it each product has its own.
+// Memory O(N·D); the same bits for any number of threads.
 // Plain version: fastcl/reference/instance_spread.py. Triton twin: kernels/instance_spread.py.
-#include <numeric>
-
 #include "matrix.h"
+#include "tops.h"
 
 namespace fastcl {
 namespace {
 
-// −log(1 − u) / u for 0 ≤ u ≤ ½, to one unit in the last place.
+// A negative is treated by itself if the share of all others, o, is below this. At exactly ½ the
+// rounding of o could take two equal entries for one.
+constexpr float ALONE = 0.47f;
+constexpr float MOST = 1 - ALONE;  // the largest p of the others, but for rounding
+
+// −log(1 − u) / u for 0 ≤ u ≤ MOST, to one unit in the last place.
 inline F log1m_over(F u) {
-  F y = broadcast(2.2109091f);
-  y = fma(y, u, broadcast(-3.7502012f));
-  y = fma(y, u, broadcast(3.3168404f));
-  y = fma(y, u, broadcast(-1.4047033f));
-  y = fma(y, u, broadcast(5.9291500e-1f));
-  y = fma(y, u, broadcast(8.3675116e-2f));
-  y = fma(y, u, broadcast(2.0939066e-1f));
-  y = fma(y, u, broadcast(2.4938691e-1f));
-  y = fma(y, u, broadcast(3.3335370e-1f));
-  y = fma(y, u, broadcast(4.9999973e-1f));
+  F y = broadcast(2.9337547e+00f);
+  y = fma(y, u, broadcast(-5.5133848e+00f));
+  y = fma(y, u, broadcast(5.1359601e+00f));
+  y = fma(y, u, broadcast(-2.4374719e+00f));
+  y = fma(y, u, broadcast(9.4438028e-01f));
+  y = fma(y, u, broadcast(1.0489452e-02f));
+  y = fma(y, u, broadcast(2.1850605e-01f));
+  y = fma(y, u, broadcast(2.4875481e-01f));
+  y = fma(y, u, broadcast(3.3337447e-01f));
+  y = fma(y, u, broadcast(4.9999952e-01f));
   return fma(y, u, broadcast(1.0f));
 }
 
+// u = exp(s − shift) · factor, or exp(s) · bounded in BOUNDED strips; a negative of a row whose
+// limit it exceeds is treated by itself.
+struct Shares {
+  float* shift;
+  float* factor;
+  float* bounded;
+  float* limit;
+  Shares operator+(int64_t i) const { return {shift + i, factor + i, bounded + i, limit + i}; }
+};
+
+// The shares of all rows; those of the padding are 0.
+class AllShares {
+ public:
+  explicit AllShares(const Layout& layout)
+      : padded_(layout.blocks() * layout.block), memory_(size_t(4 * padded_) * 4) {
+    std::fill_n(memory_.as<float>(), 3 * padded_, 0.0f);
+    std::fill_n(memory_.as<float>() + 3 * padded_, padded_, INF);
+  }
+  Shares operator+(int64_t first) const {
+    float* at = memory_.as<float>();
+    return Shares{at, at + padded_, at + 2 * padded_, at + 3 * padded_} + first;
+  }
+  // u = e^(s − shift + log_factor).
+  void set(int64_t i, double shift, double log_factor, bool alone, double log_m) const {
+    const Shares x = *this + i;
+    x.shift[0] = float(shift), x.factor[0] = float(std::exp(log_factor));
+    // Below −80 the row has no pair in any bounded block, whose scores are at least −BOUND.
+    x.bounded[0] = shift < -80 ? 0 : float(std::exp(log_factor - shift));
+    if (alone) x.limit[0] = float(shift - log_factor - log_m - LN2);  // p = ½
+  }
+
+ private:
+  int64_t padded_;
+  Scratch memory_;
+};
+
 struct Problem {
   Layout layout;
-  std::vector<int64_t> ids;  // 0, 1, …: a row meets itself nowhere
-  float m, log_m, scale;
+  double m, log_m;
+  float scale;
 
   Problem(int64_t n, int64_t d, bool paired, bool normalize, double weight, float scale)
       : layout{n, d, block_rows(n, d), paired, normalize},
-        ids(size_t(n)),
-        m(float(weight)),
-        log_m(float(std::log(weight))),
-        scale(scale) {
-    std::iota(ids.begin(), ids.end(), 0);
-  }
-  Pass pass() const { return {layout, layout, ids.data(), ids.data(), scale, false}; }
-  // The column of row r's partner in block k, or −1.
+        m(weight),
+        log_m(std::log(weight)),
+        scale(scale) {}
+  Pass pass() const { return {layout, layout, nullptr, nullptr, scale, true}; }
+  // The column of row r's partner in block k where it is above the diagonal, or −1.
   int64_t partner(int64_t r, const Block& k) const {
-    const int64_t half = layout.n / 2, c = (r < half ? r + half : r - half) - k.first;
-    return c >= 0 && c < k.rows ? c : -1;
+    const int64_t half = layout.n / 2, c = r + half - k.first;
+    return r < half && c >= 0 && c < k.rows ? c : -1;
   }
 };
 
-// Σ_c exp(s_c) = e^top (1 + others): the largest entry counts as the 1.
-struct Top {
-  float top = NO_MAXIMUM, others = 0;
-  bool any = false;
-
-  void add(const Top& x) {
-    if (!x.any) return;
-    if (!any) {
-      *this = x;
-    } else if (x.top > top) {
-      others = x.others + (1 + others) * std::exp(top - x.top), top = x.top;
-    } else {
-      others += (1 + x.others) * std::exp(x.top - top);
-    }
-  }
-  double log_sum() const { return top + std::log1p(double(others)); }
-  float o() const { return others / (1 + others); }
-};
-
-// A row of a strip: s, with log m added to the negatives.
-Top top_of(float* s, int64_t begin, int64_t end, int64_t partner, float log_m) {
-  if (partner >= 0) s[partner] -= log_m;
-  F highest = broadcast(NO_MAXIMUM);
-  for (int64_t c = begin; c < end; c += LANES) highest = max(highest, load(s + c));
-  const float top = max(highest);
-  Top result;
-  if (!(top > NO_MAXIMUM) && top == top) return result;
-  F others{}, ties{};
-  for (int64_t c = begin; c < end; c += LANES) {
-    const F x = load(s + c);
-    others += x == top ? F{} : exp(x - top);
-    ties += x == top ? broadcast(1.0f) : F{};
-  }
-  result.top = top + log_m, result.others = sum(others) + (sum(ties) - 1), result.any = true;
-  return result;
-}
-
-// What backward needs of a row, and the parts of its loss.
-struct Row {
-  float top = 0, inverse = 0, o = 0;  // p = exp(s − top) · inverse
-  float b_small = 0, b_large = 0;     // B: the negatives up to ½, the one above it
-  double loss = 0;
-};
-
-// use(p of a vector, its place) for the ordinary negatives of a row, and single(p, q, is partner,
-// place, s − top) for its partner and an entry above ½, whose place in the strip is cleared.
-template <class Use, class Single>
-void for_entries(float* s, int64_t begin, int64_t end, int64_t partner, float log_m, const Row& row,
-                 Use use, Single single) {
-  const float shift = log_m - row.top;  // exact enough: s − top is of the size of log p
-  int64_t special[2] = {partner, -1};
-  if (row.o < 0.5f) {  // one entry may exceed ½: the one that is the maximum
-    const float limit = std::log(0.5f / row.inverse) - shift;
-    for (int64_t c = begin; c < end; ++c)
-      if (s[c] > limit && c != partner) special[1] = c;
-  }
-  for (int64_t c : special) {
-    if (c < 0) continue;
-    const float own = c == partner ? -row.top : shift;
-    const float p = std::exp(s[c] + own) * row.inverse;
-    single(p > 0.5f ? 1 - row.o : p, p > 0.5f ? row.o : 1 - p, c == partner, c, s[c] + own);
-    s[c] = LEFT_OUT;
-  }
-  const F offset = broadcast(shift), inverse = broadcast(row.inverse);
-  for (int64_t c = begin; c < end; c += LANES) use(exp(load(s + c) + offset) * inverse, c);
-}
-
-template <bool PAIRED, class Use>
-void for_rows(const Problem& problem, const Pass& pass, const Block& q, const Block& k, float* s,
-              bool all, Use use) {
+// use(bounded, group, s, first row, first column, end of columns) for the groups of rows of a block
+// pair, of whose negatives alone s is: own(row, partner, its s) takes each partner out before.
+template <bool PAIRED, class Own, class Use>
+void for_groups(const Problem& problem, const Pass& pass, const Block& q, const Block& k, float* s,
+                Own own, Use use) {
+  const bool bounded = pass.bounded(q, k);
   for_strips<PAIRED>(
-      pass, q, k, s, all, [&](float* strip, int64_t r0, int64_t count, int64_t begin, int64_t end) {
-        for (int64_t r = 0; r < count; ++r)
-          use(strip + r * W_ROW, r0 + r, begin, end, problem.partner(q.first + r0 + r, k));
+      pass, q, k, s, false,
+      [&](float* strip, int64_t r0, int64_t count, int64_t begin, int64_t end) {
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t c = problem.partner(q.first + r0 + r, k);
+          if (c < 0) continue;
+          own(q.first + r0 + r, k.first + c, strip[r * W_ROW + c]);
+          strip[r * W_ROW + c] = LEFT_OUT;
+        }
+        constexpr std::integral_constant<int, GROUP> six{};
+        constexpr std::integral_constant<int, 1> one{};
+        const auto groups = [&](auto bound) {
+          in_groups(
+              count, [&](int64_t r) { use(bound, six, strip + r * W_ROW, r0 + r, begin, end); },
+              [&](int64_t r) { use(bound, one, strip + r * W_ROW, r0 + r, begin, end); });
+        };
+        if (bounded)
+          groups(std::true_type{});
+        else
+          groups(std::false_type{});
       });
+}
+
+// f(i) for the rows of every block, in parallel.
+template <class Function>
+void for_rows(const Layout& layout, int threads, Function f) {
+  in_order(layout.blocks(), threads, [&](int64_t b, int) {
+    for (int64_t i = b * layout.block; i < b * layout.block + layout.rows(b); ++i) f(i);
+  });
+}
+
+// work(pair, thread) for every pair of blocks, in parallel; then, in the turn of each block,
+// into(pair, thread, whether the block is the columns').
+template <class Work, class Into>
+void for_pairs(const Layout& layout, int threads, Work work, Into into) {
+  const Triangle triangle{layout.blocks()};
+  Turns turns(layout.blocks());
+  in_order(triangle.tasks(), threads, [&](int64_t task, int thread) {
+    const BlockPair pair = triangle.pair(task);
+    if (pair.i < 0) return;
+    work(pair, thread);
+    turns.wait(pair.i, pair.turn_i);
+    into(pair, thread, false);
+    if (pair.i != pair.j) {
+      turns.next(pair.i);
+      turns.wait(pair.j, pair.turn_j);
+    }
+    into(pair, thread, true);
+    turns.next(pair.j);
+  });
+}
+
+// Σ −log(1 − u) and Σ u / (1 − u) over the ordinary negatives of ROWS rows (written) and of columns
+// (added to).
+struct LogSums {
+  float* logs;
+  float* ratios;
+  LogSums operator+(int64_t i) const { return {logs + i, ratios + i}; }
+};
+
+template <int ROWS, bool BOUNDED, bool UNIT>
+inline void log_rows(const float* s, int64_t begin, int64_t end, Shares of_rows, Shares of_columns,
+                     LogSums rows, LogSums columns) {
+  F logs[ROWS], ratios[ROWS];
+  for (int r = 0; r < ROWS; ++r) logs[r] = ratios[r] = F{};
+  const auto add = [&](F u, F& log_sum, F& ratio_sum) {
+    if constexpr (UNIT) {
+      log_sum = fma(u, log1m_over(u), log_sum);
+    } else {
+      for (int i = 0; i < LANES; ++i) log_sum[i] -= std::log1p(-u[i]);
+    }
+    ratio_sum += u / (1.0f - u);
+  };
+  for (int64_t c = begin; c < end; c += LANES) {
+    const F factor = load((BOUNDED ? of_columns.bounded : of_columns.factor) + c);
+    const F shift = load(of_columns.shift + c), limit = load(of_columns.limit + c);
+    F column_logs = load(columns.logs + c), column_ratios = load(columns.ratios + c);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+      const F x = load(s + r * W_ROW + c);
+      const F e = BOUNDED ? exp_bounded(x) : exp(x - of_rows.shift[r]);
+      const F u = e * (BOUNDED ? of_rows.bounded[r] : of_rows.factor[r]);
+      const F v = (BOUNDED ? e : exp(x - shift)) * factor;
+      add(x > of_rows.limit[r] ? F{} : u, logs[r], ratios[r]);
+      add(x > limit ? F{} : v, column_logs, column_ratios);
+    }
+    store(columns.logs + c, column_logs), store(columns.ratios + c, column_ratios);
+  }
+  for (int r = 0; r < ROWS; ++r) rows.logs[r] = sum(logs[r]), rows.ratios[r] = sum(ratios[r]);
 }
 
 template <class T>
@@ -143,61 +206,129 @@ void forward(const Problem& problem, const T* z, float* loss, float* log_d, floa
   constexpr bool PAIRED = is_paired<T>();
   const Layout& layout = problem.layout;
   const Pass pass = problem.pass();
+  const double m = problem.m;
+  const int64_t block = layout.block, padded = layout.blocks() * block;
   const Matrix<T> packed(layout, LEFT | RIGHT, z, pass.scale, threads);
   const Workspaces workspaces(threads, PAIRED, 0, 0, 0);
-  const float m = problem.m;
-  // A block of rows is one task, so that its columns come in order.
-  in_order(layout.blocks(), threads, [&](int64_t b, int thread) {
-    const Block& q = packed[b];
-    const Workspace work = workspaces[thread];
-    std::vector<Top> tops(size_t(q.rows));
-    for (int64_t j = 0; j < layout.blocks(); ++j)
-      for_rows<PAIRED>(problem, pass, q, packed[j], work.s, false,
-                       [&](float* s, int64_t r, int64_t begin, int64_t end, int64_t partner) {
-                         tops[size_t(r)].add(top_of(s, begin, end, partner, problem.log_m));
-                       });
-    std::vector<Row> rows(size_t(q.rows));
-    for (int64_t r = 0; r < q.rows; ++r) {
-      const Top& top = tops[size_t(r)];
-      rows[size_t(r)].top = top.top, rows[size_t(r)].inverse = 1 / (1 + top.others);
-      rows[size_t(r)].o = top.o();
+  const auto of_rows = [&](int thread) { return workspaces[thread].sums; };
+  const auto of_columns = [&](int thread) { return workspaces[thread].sums + 3 * BLOCK_MAX; };
+
+  const Scratch memory(size_t(3 * padded + layout.n) * 4);
+  const Tops tops = tops_in(memory.as<float>(), padded);
+  float* own = memory.as<float>() + 3 * padded;  // (2N,) the partner's s
+  clear(tops, padded, NO_MAXIMUM);
+  for_pairs(
+      layout, threads,
+      [&](const BlockPair& pair, int thread) {
+        const Block &q = packed[pair.i], &k = packed[pair.j];
+        const Tops rows = tops_in(of_rows(thread), BLOCK_MAX);
+        const Tops columns = tops_in(of_columns(thread), BLOCK_MAX);
+        clear(rows, block, 0);
+        clear(columns, block, pass.bounded(q, k) ? 0 : NO_MAXIMUM);
+        for_groups<PAIRED>(
+            problem, pass, q, k, workspaces[thread].s,
+            [&](int64_t r, int64_t c, float s) { own[r] = own[c] = s; },
+            [&](auto bound, auto group, const float* s, int64_t r, int64_t begin, int64_t end) {
+              top_rows<group(), bound()>(s, begin, end, rows + r, columns);
+            });
+      },
+      [&](const BlockPair& pair, int thread, bool columns) {
+        const int64_t first = (columns ? pair.j : pair.i) * block;
+        merge(tops + first, tops_in(columns ? of_columns(thread) : of_rows(thread), BLOCK_MAX),
+              block);
+      });
+
+  const AllShares shares(layout);
+  std::vector<double> losses(size_t(layout.n)), ratios(size_t(layout.n));
+  for_rows(layout, threads, [&](int64_t i) {
+    const Tops top = tops + i;
+    const double highest = std::fmax(double(top.maximum[0]), double(own[i]));
+    const double partner = std::exp(own[i] - highest);
+    const double scale = m * std::exp(top.maximum[0] - highest);
+    const double largest = scale * top.top[0], others = scale * top.others[0];
+    const double d = largest + others + partner, log_sum = std::log(d);
+    const bool negative_leads = largest > partner;
+    const double not_largest = ((negative_leads ? partner : largest) + others) / d;
+    const bool alone = negative_leads && not_largest < ALONE;
+    double& row = losses[size_t(i)];
+    row = partner > d / 2 ? -std::log1p(-not_largest) : log_sum - (own[i] - highest);
+    log_d[i] = float(highest + log_sum), o[i] = float(not_largest), b_large[i] = 0;
+    if (alone) {
+      row -= m * std::log((not_largest + (m - 1)) / m);
+      b_large[i] = float((1 - not_largest) / (not_largest + (m - 1)));
     }
-    for (int64_t j = 0; j < layout.blocks(); ++j)
-      for_rows<PAIRED>(problem, pass, q, packed[j], work.s, false,
-                       [&](float* s, int64_t r, int64_t begin, int64_t end, int64_t partner) {
-                         Row& row = rows[size_t(r)];
-                         F logs{}, ratios{};
-                         for_entries(
-                             s, begin, end, partner, problem.log_m, row,
-                             [&](F p, int64_t) {
-                               if (m >= 1) {
-                                 const F u = p * (1 / m);
-                                 logs = fma(u, log1m_over(u), logs);
-                               } else {
-                                 for (int i = 0; i < LANES; ++i) logs[i] -= std::log1p(-p[i] / m);
-                               }
-                               ratios += p / (m - p);
-                             },
-                             [&](float p, float not_p, bool is_partner, int64_t, float exponent) {
-                               if (is_partner) {
-                                 row.loss -= p > 0.5f ? std::log1p(-double(row.o))
-                                                      : exponent + std::log(double(row.inverse));
-                                 return;
-                               }
-                               row.loss -= double(m) * std::log((not_p + (double(m) - 1)) / m);
-                               row.b_large = p / (m - 1 + not_p);
-                             });
-                         row.loss += double(m) * sum(logs);
-                         row.b_small += sum(ratios);
-                       });
-    for (int64_t r = 0; r < q.rows; ++r) {
-      const Row& row = rows[size_t(r)];
-      const int64_t i = q.first + r;
-      loss[i] = float(row.loss), o[i] = row.o;
-      log_d[i] = float(tops[size_t(r)].log_sum());
-      b_small[i] = row.b_small, b_large[i] = row.b_large;
-    }
+    shares.set(i, highest, -log_sum, alone, problem.log_m);
   });
+
+  for_pairs(
+      layout, threads,
+      [&](const BlockPair& pair, int thread) {
+        const Block &q = packed[pair.i], &k = packed[pair.j];
+        float *r = of_rows(thread), *c = of_columns(thread);
+        const LogSums rows{r, r + BLOCK_MAX}, columns{c, c + BLOCK_MAX};
+        std::fill_n(c, 2 * BLOCK_MAX, 0.0f);
+        for_groups<PAIRED>(
+            problem, pass, q, k, workspaces[thread].s, [](int64_t, int64_t, float) {},
+            [&](auto bound, auto group, const float* s, int64_t r, int64_t begin, int64_t end) {
+              const auto log_with = [&](auto unit) {
+                log_rows<group(), bound(), unit()>(s, begin, end, shares + (q.first + r),
+                                                   shares + k.first, rows + r, columns);
+              };
+              if (m >= 1)
+                log_with(std::true_type{});
+              else
+                log_with(std::false_type{});
+            });
+      },
+      [&](const BlockPair& pair, int thread, bool columns) {
+        const int64_t b = columns ? pair.j : pair.i;
+        const float* part = columns ? of_columns(thread) : of_rows(thread);
+        for (int64_t r = 0; r < layout.rows(b); ++r) {
+          losses[size_t(b * block + r)] += m * part[r];
+          ratios[size_t(b * block + r)] += part[BLOCK_MAX + r];
+        }
+      });
+  for (int64_t i = 0; i < layout.n; ++i)
+    loss[i] = float(losses[size_t(i)]), b_small[i] = float(ratios[size_t(i)]);
+}
+
+// W = g G = u (slope + weight / (1 − u)) on an ordinary negative: weight = g m, slope = g m (1 − m B).
+struct Slopes {
+  const float* weight;
+  const float* slope;
+  Slopes operator+(int64_t i) const { return {weight + i, slope + i}; }
+};
+
+// What exceeds ½, and partners: an element of a strip whose weights are formed one by one.
+struct Single {
+  int64_t row, column;  // in the strip, in the block
+  float s;
+  bool partner;
+};
+
+// of_rows ← g_r G_rc and, if DETACH, of_columns ← g_c G_cr; else of_rows ← their sum. of_rows may
+// be s.
+template <bool BOUNDED, bool DETACH>
+inline void weigh_row(const float* s, int64_t begin, int64_t end, float most, Shares row,
+                      Shares columns, Slopes row_slope, Slopes column_slopes, float* of_rows,
+                      float* of_columns) {
+  const F limit = broadcast(most);
+  const F row_factor = broadcast(BOUNDED ? row.bounded[0] : row.factor[0]);
+  const F row_shift = broadcast(row.shift[0]);
+  const F g = broadcast(row_slope.weight[0]), slope = broadcast(row_slope.slope[0]);
+  for (int64_t c = begin; c < end; c += LANES) {
+    const F x = load(s + c);
+    const F factor = load((BOUNDED ? columns.bounded : columns.factor) + c);
+    const F e = BOUNDED ? exp_bounded(x) : exp(x - row_shift);
+    const F u = min(limit, e * row_factor);
+    const F v = min(limit, (BOUNDED ? e : exp(x - load(columns.shift + c))) * factor);
+    const F w = u * (slope + g / (1.0f - u));
+    const F h = v * (load(column_slopes.slope + c) + load(column_slopes.weight + c) / (1.0f - v));
+    if (DETACH)
+      store(of_rows + c, w), store(of_columns + c, h);
+    else
+      store(of_rows + c, w + h);
+  }
 }
 
 template <class T>
@@ -207,67 +338,95 @@ void backward(const Problem& problem, const float* grad, const T* z, const float
   constexpr bool PAIRED = is_paired<T>();
   const Layout& layout = problem.layout;
   const Pass pass = problem.pass();
-  const Rectangle rectangle{layout.blocks(), layout.blocks()};
+  const int64_t size = layout.sums_size(), padded = layout.blocks() * layout.block;
+  const double m = problem.m;
   const Matrix<T> packed(layout, LEFT | RIGHT | VALUES, z, pass.scale, threads);
-  const Workspaces workspaces(threads, PAIRED, 0, 0, 0);
-  const int64_t size = layout.sums_size();
-  const Scratch of_rows(size_t(layout.blocks() * size) * 4);
-  const Scratch of_columns(size_t(detach_columns ? 0 : layout.blocks() * size) * 4);
-  Turns row_turns(layout.blocks()), column_turns(layout.blocks());
-  const float m = problem.m;
-  in_order(rectangle.tasks(), threads, [&](int64_t task, int thread) {
-    const BlockPair pair = rectangle.pair(task);
-    const Block &q = packed[pair.i], &k = packed[pair.j];
-    const Workspace work = workspaces[thread];
-    for_strips<PAIRED>(
-        pass, q, k, work.s, !PAIRED,
-        [&](float* strip, int64_t r0, int64_t count, int64_t begin, int64_t end) {
-          for (int64_t r = 0; r < count; ++r) {
-            const int64_t i = q.first + r0 + r;
-            float* s = strip + r * W_ROW;
-            Row row;
-            row.top = log_d[i], row.inverse = 1;
-            row.o = o[i];
-            const float g = grad[i], small = b_small[i], large = b_large[i];
-            struct {
-              int64_t place = -1;
-              float weight = 0;
-            } single[2];
-            const auto entry = [&](float p, float not_p, bool is_partner, int64_t c, float) {
-              const float ratio = p / (m - 1 + not_p);
-              const float others = large > 0 ? small : small - ratio;
-              single[is_partner] = {c, is_partner ? -not_p - m * p * (small + large)
-                                                  : p * (1 - m * others) + m * ratio * not_p};
-            };
-            for_entries(
-                s, begin, end, problem.partner(i, k), problem.log_m, row,
-                [&](F p, int64_t c) {
-                  const F ratio = p / (m - p);
-                  const F weight =
-                      p * (1.0f - m * (small + large - ratio)) + m * ratio * (1.0f - p);
-                  store(s + c, weight * g);
-                },
-                entry);
-            for (const auto& [place, weight] : single)
-              if (place >= 0) s[place] = weight * g;
-          }
-          keep_weights<PAIRED>(q, k, work, strip, r0, count, begin, end, true, !detach_columns);
-        });
-    row_turns.wait(pair.i, pair.turn_i);
-    times_keys<PAIRED>(pass, q, k, work, of_rows.as<float>() + pair.i * size, pair.turn_i > 0);
-    row_turns.next(pair.i);
-    if (detach_columns) return;
-    column_turns.wait(pair.j, pair.turn_j);
-    times_queries<PAIRED>(pass, q, k, work, of_columns.as<float>() + pair.j * size,
-                          pair.turn_j > 0);
-    column_turns.next(pair.j);
+  // The columns' own weights, if they have some, lie where a mean would.
+  const Workspaces workspaces(threads, PAIRED, detach_columns ? BLOCK_MAX * W_ROW : 0, 0, 0);
+  const Scratch sums(size_t(layout.blocks() * size) * 4), slope_memory(size_t(2 * padded) * 4);
+  const AllShares shares(layout);
+  float *weight = slope_memory.as<float>(), *slope = weight + padded;
+  const Slopes slopes{weight, slope};
+  std::fill_n(weight, 2 * padded, 0.0f);
+  for_rows(layout, threads, [&](int64_t i) {
+    const double b = double(b_small[i]) + b_large[i];
+    weight[i] = float(grad[i] * m), slope[i] = float(grad[i] * m * (1 - m * b));
+    shares.set(i, log_d[i], 0, b_large[i] > 0, problem.log_m);
   });
-  // The scale's gradient is that of the rows alone.
-  float* du = of_rows.as<float>();
-  *grad_scale = float(finish(layout, z, du, problem.scale, static_cast<T*>(nullptr), threads));
-  if (!detach_columns)
-    for (int64_t at = 0; at < layout.blocks() * size; ++at) du[at] += of_columns.as<float>()[at];
-  finish(layout, z, du, problem.scale, grad_z, threads);
+  // g_i G of an entry of row i.
+  const auto weight_of = [&](int64_t i, float s, bool is_partner) {
+    double p = std::exp(s + (is_partner ? 0 : problem.log_m) - log_d[i]), not_p = 1 - p;
+    const bool largest = is_partner ? p > 0.5 : s > (shares + i).limit[0];
+    if (largest) p = 1 - double(o[i]), not_p = o[i];
+    const double small = b_small[i], large = b_large[i], ratio = p / (m - 1 + not_p);
+    if (is_partner) return float(grad[i] * (-not_p - m * p * (small + large)));
+    const double others = largest ? small : small + large - ratio;
+    return float(grad[i] * (p * (1 - m * others) + m * ratio * not_p));
+  };
+  // What is above is weighed by itself; here it only must not divide by 0.
+  const float most = float((MOST + 0.05) / m);
+  for_pairs(
+      layout, threads,
+      [&](const BlockPair& pair, int thread) {
+        const Block &q = packed[pair.i], &k = packed[pair.j];
+        const Workspace work = workspaces[thread];
+        Workspace transposed = work;
+        if (detach_columns) transposed.s = work.mean;
+        const Shares column_shares = shares + k.first;
+        const auto has_limit = [](float limit) { return limit < INF; };
+        const bool limits =
+            std::any_of(column_shares.limit, column_shares.limit + k.rows, has_limit);
+        std::vector<Single> singles;
+        for_strips<PAIRED>(
+            pass, q, k, work.s, !PAIRED,
+            [&](float* strip, int64_t r0, int64_t count, int64_t begin, int64_t end) {
+              singles.clear();
+              float* columns = transposed.s + (PAIRED ? 0 : r0 * W_ROW);
+              for (int64_t r = 0; r < count; ++r) {
+                const int64_t i = q.first + r0 + r, partner = problem.partner(i, k);
+                float* s = strip + r * W_ROW;
+                const Shares row = shares + i;
+                if (partner >= 0) singles.push_back({r, partner, s[partner], true});
+                if (limits || has_limit(row.limit[0]))
+                  for (int64_t c = begin; c < k.rows; ++c)
+                    if (s[c] > std::min(row.limit[0], column_shares.limit[c]) && c != partner)
+                      singles.push_back({r, c, s[c], false});
+                const auto weigh = [&](auto bounded, auto detach) {
+                  weigh_row<bounded(), detach()>(s, begin, end, most, row, column_shares,
+                                                 slopes + i, slopes + k.first, s,
+                                                 columns + r * W_ROW);
+                };
+                if (pass.bounded(q, k))
+                  detach_columns ? weigh(std::true_type{}, std::true_type{})
+                                 : weigh(std::true_type{}, std::false_type{});
+                else
+                  detach_columns ? weigh(std::false_type{}, std::true_type{})
+                                 : weigh(std::false_type{}, std::false_type{});
+              }
+              for (const Single& x : singles) {
+                const float w = weight_of(q.first + r0 + x.row, x.s, x.partner);
+                const float h = weight_of(k.first + x.column, x.s, x.partner);
+                strip[x.row * W_ROW + x.column] = detach_columns ? w : w + h;
+                if (detach_columns) columns[x.row * W_ROW + x.column] = h;
+              }
+              keep_weights<PAIRED>(q, k, work, strip, r0, count, begin, end, true, false);
+              keep_weights<PAIRED>(q, k, work, detach_columns ? columns : strip, r0, count, begin,
+                                   end, false, true);
+            });
+      },
+      [&](const BlockPair& pair, int thread, bool columns) {
+        const Block &q = packed[pair.i], &k = packed[pair.j];
+        Workspace work = workspaces[thread];
+        if (!columns)
+          return times_keys<PAIRED>(pass, q, k, work, sums.as<float>() + pair.i * size,
+                                    pair.turn_i > 0);
+        if (detach_columns) work.s = work.mean;
+        times_queries<PAIRED>(pass, q, k, work, sums.as<float>() + pair.j * size,
+                              pair.turn_j > 0 || pair.i == pair.j);
+      });
+  // The scale's gradient is that of the rows alone, half of both.
+  const double total = finish(layout, z, sums.as<float>(), problem.scale, grad_z, threads);
+  *grad_scale = float(detach_columns ? total : total / 2);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@ tests/triton/aot and must show no spills, shared memory within the card's limit,
 instructions in the main loop. `measured` says whether a GPU has run it for speed: a row that has
 only been compiled was chosen by its registers, its shared memory and its blocks per processor.
 
-A capability without rows takes those of the newest older one that has no more shared memory than
-it has itself.
+A capability without rows takes those of its vendor's newest older one that has no more shared
+memory than it has itself.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ for _arch in (80, 86, 90, 100):
     )
     # float32: exact products do not run on tensor cores, and an element takes twice the room.
     for _kernel in ("similarity_rows", "similarity_pairs", "similarity_diagonal"):
-        _n, _warps = (32, 4) if _kernel == "similarity_pairs" else (64, 8)
+        _n, _warps = (32, 4 if _arch < 100 else 8) if _kernel == "similarity_pairs" else (64, 8)
         TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, _n, 64, 32, _warps, 2))
     TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 32, 32, 32, 128, 4, 2))
     TABLE |= _rows("similarity_gradient_ids", _arch, 4, SUM, (LARGE, 32, 32, 32, 64, 8, 2))
@@ -149,11 +149,26 @@ for (_kernel, _arch, _bucket, _size), _row in list(TABLE.items()):
     elif _size == 2:
         continue
     if _arch == 90:
+        if _size == 4 and _sums and not _kernel.startswith("similarity"):
+            _row["maxnreg"] = 168  # three blocks on a multiprocessor
         continue
     if _row["num_warps"] == 4 or (_size == 2 and not _kernel.startswith("similarity_rows")):
         _row["maxnreg"] = 255
     elif _size == 4 and _kernel != "similarity_rows":
         _row["maxnreg"] = 128
+
+# CDNA 3: four waves may have all 512 registers of a lane where eight have half of them, and there
+# are four pieces for the matrix units in a 64 × 32 tile's scores. Two blocks on a compute unit, but
+# for instance_spread's long rows, where computing fewer weights anew is worth more.
+for _kernel in ("similarity_gradient", "similarity_mean", "pair_sigmoid_gradient"):
+    TABLE |= _rows(
+        *(_kernel, "gfx942", 2, SUM, (128, 64, 64, 128, 128, 4, 1)),
+        (LARGE, 64, 32, 64, 256, 4, 2),
+    )
+TABLE |= _rows(
+    *("instance_spread_gradient", "gfx942", 2, SUM, (128, 64, 32, 128, 128, 4, 1)),
+    (LARGE, 64, 32, 64, 256, 4, 2),
+)
 
 # Bytes of shared memory that one block may ask for.
 SHARED_MEMORY: dict[Target, int] = {
@@ -268,13 +283,16 @@ def _nearest(archs: set[Target], where: Target) -> Target:
     if where in archs:
         return where
     limit = SHARED_MEMORY.get(where, 65536 if isinstance(where, str) else 101376)
+    archs = {a for a in archs if isinstance(a, type(where))} or archs
     fitting = {a for a in archs if SHARED_MEMORY[a] <= limit}
-    same_vendor = {a for a in fitting if isinstance(a, type(where))} or fitting
-    older = [a for a in same_vendor if not (isinstance(a, int) and a > int(where))]
+    newer = {a for a in archs if isinstance(a, int) and isinstance(where, int) and a > where}
+    older = fitting - newer
     # Nothing older fits: the row that asks for least.
-    return (
-        max(older, key=str) if older else min(same_vendor or archs, key=lambda a: SHARED_MEMORY[a])
-    )
+    return max(older, key=_age) if older else min(archs, key=lambda a: SHARED_MEMORY[a])
+
+
+def _age(arch: Target) -> tuple[int, str]:
+    return (arch, "") if isinstance(arch, int) else (0, arch)
 
 
 def block_of(d: int, largest: int) -> int:

@@ -53,7 +53,9 @@ class BYOLV2(byol.BYOL):
             warmup_epochs=0.5,
             hidden=256,
             dim=64,
-            momentum=0.95,  # 936 steps in all: the target must follow
+            momentum=0.9,  # 936 steps in all: the target must follow
+            projector_norm="bn",  # without batch statistics anywhere so short a run collapses
+            predictor_norm="bn",
         ),
     }
     config: Config

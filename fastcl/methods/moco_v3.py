@@ -71,7 +71,7 @@ class MoCoV3(Method):
         ),
         "quick": Config(
             backbone="tiny-resnet",
-            zero_init_residual=False,
+            zero_init_residual=False,  # blocks that start as the identity leave a short run behind
             image_size=24,
             crop_scale=(0.3, 1.0),
             augmentation="moco-v2",

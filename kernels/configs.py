@@ -157,9 +157,9 @@ for (_kernel, _arch, _bucket, _size), _row in list(TABLE.items()):
     elif _size == 4 and _kernel != "similarity_rows":
         _row["maxnreg"] = 128
 
-# CDNA 3: four waves may have all 512 registers of a lane where eight have half of them, and there
-# are four pieces for the matrix units in a 64 × 32 tile's scores. Two blocks on a compute unit, but
-# for instance_spread's long rows, where computing fewer weights anew is worth more.
+# CDNA 3: four waves may have all 512 registers of a lane where eight have half of them. Two blocks
+# on a compute unit, but for instance_spread's long rows, where computing fewer weights anew is
+# worth more.
 for _kernel in ("similarity_gradient", "similarity_mean", "pair_sigmoid_gradient"):
     TABLE |= _rows(
         *(_kernel, "gfx942", 2, SUM, (128, 64, 64, 128, 128, 4, 1)),

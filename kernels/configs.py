@@ -150,8 +150,12 @@ for (_kernel, _arch, _bucket, _size), _row in list(TABLE.items()):
         continue
     if _arch == 90:
         if _size == 4 and _sums and not _kernel.startswith("similarity"):
-            _row["maxnreg"] = 168  # three blocks on a multiprocessor
+            _row["maxnreg"] = 168 if _kernel.startswith("pair") else 255
+        elif _size == 4 and _kernel == "pair_sigmoid_loss":
+            _row["maxnreg"] = 128
         continue
+    if _arch == 100 and _size == 4 and not _kernel.startswith("similarity"):
+        _row["num_stages"] = 1  # loads kept in flight cost registers that there are not
     if _row["num_warps"] == 4 or (_size == 2 and not _kernel.startswith("similarity_rows")):
         _row["maxnreg"] = 255
     elif _size == 4 and _kernel != "similarity_rows":

@@ -1,7 +1,8 @@
 """`make sanitize`: the compiled kernels under the address and undefined-behaviour sanitizers.
 
-Builds csrc/ into build/sanitize and runs every operation, forward and backward, over odd sizes,
-dtypes, ids and thread counts, in one process per instruction set. Any report ends it with an error.
+Builds csrc/ into build/sanitize and runs every operation, forward and backward, over odd sizes
+(none at all where that is allowed), dtypes, ids and thread counts, in one process per instruction
+set. Any report ends it with an error.
 Names of instruction sets as arguments choose some; the default is all that this machine runs.
 """
 
@@ -20,7 +21,7 @@ BUILD = ROOT / "build" / "sanitize"
 SANITIZE = "-fsanitize=address,undefined"
 # One report is enough; -O1 keeps the lines of the source recognisable.
 FLAGS = f"{SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g"
-ROWS = (1, 2, 3, 17, 63, 129)
+ROWS = (0, 1, 2, 3, 17, 63, 129)
 FEATURES = (1, 5, 100, 129)
 
 
@@ -93,15 +94,18 @@ def operations(n: int, d: int, dtype: object) -> list[Callable[[], None]]:
         back(F.similarity_lse(random(n, d), random(63, d).detach(), scale=3.0))
 
     def queue() -> None:
-        for pushed in (1, 3, n, 2 * n + 1):  # past the end, and more than fits
-            F.queue_push_(random(n, d).detach(), torch.tensor([n - 1]), random(pushed, d).detach())
+        rows = max(n, 1)
+        for pushed in (0, 1, 3, n, 2 * n + 1):  # past the end, and more than fits
+            queue, pointer = random(rows, d).detach(), torch.tensor([rows - 1])
+            F.queue_push_(queue, pointer, random(pushed, d).detach())
 
     def bank() -> None:
-        index = torch.randint(n, (2 * n,))
-        F.bank_update_(random(n, d).detach(), index, random(2 * n, d).detach())
+        rows = max(n, 1)
+        index = torch.randint(rows, (2 * n,))
+        F.bank_update_(random(rows, d).detach(), index, random(2 * n, d).detach())
 
     def bank_scores() -> None:
-        for k in (1, 3, 17):
+        for k in (0, 1, 3, 17):
             index = torch.randint(63, (n, k))
             back(F.bank_scores(random(n, d), random(63, d).detach(), index, scale=2.0))
 
@@ -116,11 +120,20 @@ def operations(n: int, d: int, dtype: object) -> list[Callable[[], None]]:
     def sinkhorn() -> None:
         F.sinkhorn(random(n, d).detach())
 
+    def spread(z0: Tensor, z1: Tensor, **options: bool | float) -> None:
+        for detach in (True, False):
+            back(F.instance_spread(z0, z1, detach_columns=detach, **options))
+
+    def others_are_closest() -> None:  # an entry above ½ that is not the partner
+        z = random(n, d)
+        spread(z, z.roll(1, 0), temperature=0.03)
+
     labels = torch.randint(5, (n,))
-    return [
+    allow_nothing = [
         *(
             lambda m=m, normalize=normalize, reduce=reduce, ids=ids: lse(m, normalize, reduce, ids)
             for m, normalize, reduce, ids in (
+                (0, True, "both", False),
                 (1, True, "rows", False),
                 (3, False, "columns", True),
                 (17, True, "both", True),
@@ -130,12 +143,19 @@ def operations(n: int, d: int, dtype: object) -> list[Callable[[], None]]:
         fixed_keys,
         lambda: back(F.self_similarity_lse(random(n, d), scale=5.0, normalize=True)),
         lambda: back(F.self_similarity_lse(random(n, d), scale=5.0, ids=labels)),
-        lambda: back(F.instance_spread(random(n, d), random(n, d))),
-        lambda: back(F.instance_spread(random(n, d), random(n, d), detach_columns=False)),
+        *(queue, bank, bank_scores, ema),
+    ]
+    if n == 0:
+        return allow_nothing
+    return [
+        *allow_nothing,
+        lambda: spread(random(n, d), random(n, d)),
+        lambda: spread(random(n, d), random(n, d), normalize=False, negative_weight=0.7),
+        others_are_closest,
         lambda: back(F.siglip(random(n, d), random(n, d), logit_scale=3.0, logit_bias=-1.0)),
         lambda: back(F.soft_cross_entropy(random(n, d), random(n, d).detach().softmax(1))),
         lambda: back(F.negative_cosine(random(n, d), random(n, d))),
-        *(sinkhorn, queue, bank, bank_scores, distillation, ema),
+        *(sinkhorn, distillation),
     ]
 
 

@@ -10,14 +10,17 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 INSTALLED := $(VENV)/.fastcl-installed
 TTSEM := $(VENV)/.fastcl-ttsem
+DOCS := $(VENV)/.fastcl-docs
 KERNELS := fastcl/_C/_build.json
+# pyproject.toml's extra of that name, by itself: nothing but `make docs` needs it.
+DOCS_REQUIRES := "sphinx>=8" "furo>=2024.8" "myst-parser>=4"
 EXTRAS := train,test,bench,dev
 # pyproject.toml's build-system.requires, in the environment itself: ninja then compiles only what
 # changed, where an isolated build would start anew.
 BUILD_REQUIRES := "setuptools>=77" wheel "pybind11>=2.12" ninja
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench aot sanitize lint format build wheel clean
+.PHONY: help train test bench aot sanitize docs lint format build wheel clean
 
 help:
 	@echo "make train   train a method on the embedded images: METHOD=$(METHOD), more flags in ARGS=\"--epochs 5\""
@@ -25,6 +28,7 @@ help:
 	@echo "make bench   the operations against plain PyTorch and torch.compile; flags in ARGS"
 	@echo "make aot     compile every Triton launch for every GPU (about an hour the first time); pytest's flags in ARGS"
 	@echo "make sanitize  the compiled kernels over odd sizes under the address and undefined-behaviour sanitizers"
+	@echo "make docs    the documentation as HTML, in build/docs"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  ruff and clang-format, in place"
 	@echo "make build   compile csrc/ into fastcl/_C"
@@ -47,6 +51,10 @@ aot: $(INSTALLED)
 sanitize: $(INSTALLED)
 	$(check_compiler)
 	$(PY) tests/sanitize.py $(ARGS)
+
+docs: $(INSTALLED) $(DOCS)
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
+	@echo "build/docs/index.html"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -99,6 +107,10 @@ $(KERNELS): setup.py $(wildcard csrc/*) | $(INSTALLED)
 	$(check_compiler)
 	@echo "Compiling csrc/"
 	@FASTCL_REQUIRE_COMPILER=1 $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(DOCS): Makefile | $(INSTALLED)
+	$(PIP) install $(DOCS_REQUIRES)
 	@touch $@
 
 # Runs the Triton kernels without a GPU. Its tests are skipped, saying so, where it cannot be had.

@@ -21,7 +21,7 @@ def main() -> None:
     trainer: trainers.MetricLossOnly
 
     def show(trainer) -> None:
-        value = float(trainer.losses["metric_loss"])
+        value = trainer.losses["metric_loss"].item()
         print(f"step {trainer.epoch * 2 + trainer.iteration - 2:2d}  loss {value:.4f}")
 
     trainer = trainers.MetricLossOnly(

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from fastcl.compat.sentence_transformers import MultipleNegativesRankingLoss
 
-ANIMALS = "cat dog horse cow sheep goat duck swan owl hawk fox wolf bear deer hare mole".split()
+ANIMALS = ["cat", "dog", "horse", "cow", "sheep", "goat", "duck", "swan", "owl", "hawk", "fox"]
 QUESTIONS = [f"what does a {animal} eat" for animal in ANIMALS]
 ANSWERS = [f"every {animal} has a food that it likes" for animal in ANIMALS]
 

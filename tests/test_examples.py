@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, and the loss that it prints goes down."""
+"""Every script of examples/ runs on the kernels, and the loss that it prints goes down."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import importlib.util
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from fastcl.compat import FallbackWarning, _common
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
@@ -35,7 +38,10 @@ def test_the_loss_goes_down(name, capsys, monkeypatch):
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed")
     monkeypatch.setattr(sys, "argv", [name])
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    _common.say_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     losses = [
         float(x) for x in re.findall(r"^step +\d+ +loss (\S+)$", capsys.readouterr().out, re.M)
     ]

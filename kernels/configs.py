@@ -98,7 +98,8 @@ for _arch in (80, 86, 90, 100):
     # float32: exact products do not run on tensor cores, and an element takes twice the room.
     for _kernel in ("similarity_rows", "similarity_pairs", "similarity_diagonal"):
         _n, _warps = (32, 4 if _arch < 100 else 8) if _kernel == "similarity_pairs" else (64, 8)
-        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, _n, 64, 32, _warps, 2))
+        _stages = 1 if _arch < 90 and _kernel != "similarity_rows" else 2  # a second one spills
+        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, _n, 64, 32, _warps, _stages))
     TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 32, 32, 32, 128, 4, 2))
     TABLE |= _rows("similarity_gradient_ids", _arch, 4, SUM, (LARGE, 32, 32, 32, 64, 8, 2))
 TABLE |= {

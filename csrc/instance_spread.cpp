@@ -292,7 +292,8 @@ void forward(const Problem& problem, const T* z, float* loss, float* log_d, floa
     loss[i] = float(losses[size_t(i)]), b_small[i] = float(ratios[size_t(i)]);
 }
 
-// W = g G = u (slope + weight / (1 − u)) on an ordinary negative: weight = g m, slope = g m (1 − m B).
+// W = g G = u (slope + weight / (1 − u)) on an ordinary negative: weight = g m,
+// slope = g m (1 − m B).
 struct Slopes {
   const float* weight;
   const float* slope;

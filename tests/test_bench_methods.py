@@ -203,7 +203,7 @@ def test_every_method_runs_by_every_quick_recipe() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("simclr-v9", "did you mean simclr-v1? Methods: "),
+        ("swaw", "did you mean swav? Methods: "),
         ("--data fashoin", "did you mean fashion? Data: "),
         ("--data-dir /none", "is no folder"),
         ("--minutes 0", "above 0"),

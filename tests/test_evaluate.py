@@ -220,7 +220,7 @@ def test_wrong_use_is_one_line_and_code_2(run, capsys, flags, message):
     [
         ("cmc", ""),
         ("cpc", "--image-size 16 --patch 8 --stride 2 --window 8"),
-        ("dino", "--recipe quick-resnet"),
+        ("dino", "--recipe quick"),
     ],
 )
 def test_what_a_method_keeps_is_evaluated_from_its_checkpoint(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import ops
-from fastcl._functional._shared import needs_grad, paired_dot, row_lse
-from fastcl.distributed import Ring, Share, around, gather, pass_on, scatter_sum
+from fastcl._functional._shared import paired_dot, row_lse
+from fastcl.distributed import Ring, Share, around, gather, needs_grad, pass_on, scatter_sum
 from fastcl.ops.similarity_lse import similarity_lse_backward
 from fastcl.reference._common import NORM_FLOOR
 
@@ -194,6 +194,8 @@ class _PairsRound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("losses across ranks have no second derivative.")
         image, text, scale, bias = ctx.saved_tensors
         at: Share = ctx.at
         grad_bias = torch.zeros_like(bias)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastcl import _check as check
 from fastcl import ops
-from fastcl.distributed import Share
+from fastcl.distributed import Share, needs_grad
 from fastcl.ops._library import statistics_dtype
 from fastcl.reference._common import NORM_FLOOR, in_float
 
@@ -62,10 +62,6 @@ def minus_positive(
 def paired_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> (N,) of the rows as they are."""
     return (in_float(x) * in_float(y)).sum(1)
-
-
-def needs_grad(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
 
 
 def row_lse(

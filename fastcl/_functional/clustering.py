@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fastcl import _check as check
 from fastcl import ops
-from fastcl._functional._shared import inverse, needs_grad, promoted, reduce
-from fastcl.distributed import Group, gather, share
+from fastcl._functional._shared import inverse, promoted, reduce
+from fastcl.distributed import Group, gather, needs_grad, share
 from fastcl.reference._common import in_float
 
 

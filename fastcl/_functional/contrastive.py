@@ -13,12 +13,11 @@ from fastcl._functional._shared import (
     as_scale,
     inverse,
     minus_positive,
-    needs_grad,
     promoted,
     reduce,
     row_lse,
 )
-from fastcl.distributed import Group, Share, gather, share, sum_over_ranks
+from fastcl.distributed import Group, Share, gather, needs_grad, share, sum_over_ranks
 from fastcl.reference._common import NORM_FLOOR, in_float
 
 

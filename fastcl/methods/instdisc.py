@@ -25,7 +25,7 @@ import fastcl.functional as F
 from fastcl.data.augment import Crops
 from fastcl.methods.base import Config as BaseConfig
 from fastcl.methods.base import Method, Progress, option
-from fastcl.nn import MemoryBank, centred, moco_head
+from fastcl.nn import MemoryBank, Partition, centred, moco_head
 
 LOSSES = ("nce", "softmax")
 
@@ -71,7 +71,6 @@ class InstDisc(Method):
     }
     config: Config
     bank: MemoryBank
-    z: Tensor
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
@@ -81,7 +80,7 @@ class InstDisc(Method):
             raise ValueError("the nce loss needs negatives; all rows are for the softmax")
         head = moco_head(self.feature_dim, config.dim)
         self.head = centred(head, config.dim) if config.centred_head else head
-        self.register_buffer("z", torch.zeros(()))  # 0: no batch yet
+        self.partition = Partition(config.z_momentum)
 
     def set_images(self, images: int) -> None:
         self.bank = MemoryBank(images, self.config.dim, self.config.momentum)
@@ -108,7 +107,8 @@ class InstDisc(Method):
         scores = F.bank_scores(x, bank, self.candidates(y), scale=scale)  # (N, 1 + K)
         if self.config.loss == "softmax":
             return (scores.logsumexp(1) - scores[:, 0]).mean()
-        return F.nce(scores, data_size=len(bank), partition=self.partition(scores.detach()))
+        z = self.partition(scores.detach(), len(bank))
+        return F.nce(scores, data_size=len(bank), partition=z)
 
     def candidates(self, y: Tensor) -> Tensor:
         """Rows of the bank for each image (N, 1 + K): its own, then K noise rows."""
@@ -116,15 +116,6 @@ class InstDisc(Method):
             len(self.bank.features), (len(y), self.config.negatives), device=y.device
         )
         return torch.cat([y[:, None], noise], dim=1)
-
-    @torch.no_grad()
-    def partition(self, scores: Tensor) -> Tensor:
-        """Z, 0-dim: from the first scores (N, 1 + K), then as it was, or a moving average."""
-        now = len(self.bank.features) * scores.exp().mean()
-        m = self.config.z_momentum
-        later = m * self.z + (1 - m) * now if m > 0 else self.z
-        self.z.copy_(torch.where(self.z == 0, now, later))
-        return self.z.clone()
 
     def after_backward(self, at: Progress) -> None:
         assert at.indices is not None

@@ -65,6 +65,7 @@ def work(rank: int, folder: str) -> None:
             compare("ClipLoss", open_clip, our_open_clip, local, grad, inputs=3, **world)
     for way in ("bidir", "shift", "reduce", "gather"):
         compare("SigLipLoss", open_clip, our_open_clip, inputs=4, dist_impl=way, **world)
+    torch.distributed.destroy_process_group()  # before the exit, which can abort its threads
     Path(folder, f"done{rank}").touch()
 
 

@@ -1,10 +1,12 @@
-"""Runs every test: one pytest process after the other, then a line that adds them up.
+"""Runs every test, in a few pytest processes, then a line that adds them up.
 
     python tests/run_all.py [pytest's flags]
 
 Triton's interpreter and ttsem act when triton is imported, so tests/triton needs processes of its
-own (see tests/triton/conftest.py). All of them run even when one fails; the exit status is 1 when
-a test failed, a process died or a process found no test.
+own (see tests/triton/conftest.py). The first process has the machine to itself, as some of its
+tests use every core or watch the clock; the others use one core each and run side by side. All of
+them run even when one fails; the exit status is 1 when a test failed, a process died or a process
+found no test.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +44,9 @@ def processes() -> dict[str, tuple[list[str], dict[str, str]]]:
     sanitize = ["-m", "ttsem.sanitize", "pytest"] if importlib.util.find_spec("ttsem") else PYTEST
     return {
         "tests": ([*PYTEST, "tests", "--ignore=tests/triton"], {}),
-        "tests/triton/interp": ([*PYTEST, "tests/triton/interp"], {"TRITON_INTERPRET": "1"}),
-        "tests/triton/aot": ([*PYTEST, "tests/triton/aot"], {}),
+        "tests/triton/aot": ([*PYTEST, "tests/triton/aot"], {}),  # the longest begins first
         "tests/triton/gpu": ([*sanitize, "tests/triton/gpu"], {}),
+        "tests/triton/interp": ([*PYTEST, "tests/triton/interp"], {"TRITON_INTERPRET": "1"}),
     }
 
 
@@ -60,32 +63,47 @@ def counts(report: Path) -> Total:
     return total
 
 
-def run(name: str, arguments: list[str], environment: dict[str, str], flags: list[str]) -> Total:
-    """One process, its output shown; a process that died counts as one failure."""
-    print(f"\n== {name}", flush=True)
+def run(
+    name: str, arguments: list[str], environment: dict[str, str], flags: list[str], capture: bool
+) -> tuple[Total, str]:
+    """One process: what its tests say, and its output if captured, else shown as it comes.
+
+    A process that died counts as one failure.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         started = time.monotonic()
-        status = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *arguments, f"--junitxml={report}", *flags],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
-        ).returncode
+            stdout=subprocess.PIPE if capture else None,
+            stderr=subprocess.STDOUT if capture else None,
+            text=True,
+        )
         total = counts(report) if report.exists() else Total()
+    status = process.returncode
     if status == NO_TESTS and flags:  # such as -k: the others may have some
         status = 0
     if status != 0 and total.failed == 0:
         total += Total(failed=1)
     outcome = "" if status == 0 else f" (exit status {status})"
-    print(f"== {name}: {total} in {time.monotonic() - started:.0f} s{outcome}", flush=True)
-    return total
+    line = f"== {name}: {total} in {time.monotonic() - started:.0f} s{outcome}"
+    return total, f"{process.stdout or ''}{line}"
 
 
 def main(flags: list[str]) -> int:
-    total = Total()
-    for name, (arguments, environment) in processes().items():
-        total += run(name, arguments, environment, flags)
+    (first, alone), *others = processes().items()
+    print(f"\n== {first}", flush=True)
+    total, said = run(first, *alone, flags, capture=False)
+    print(said, flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {pool.submit(run, n, *other, flags, capture=True): n for n, other in others}
+        for done in as_completed(running):
+            more, said = done.result()
+            total += more
+            print(f"\n== {running[done]}\n{said}", flush=True)
     print(f"\n{total}")
     return 1 if total.failed or not total.passed else 0
 

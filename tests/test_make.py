@@ -156,8 +156,10 @@ def pytest_on(path: Path, text: str) -> tuple[list[str], dict[str, str]]:
 
 
 def test_outcomes_are_counted(run_all: ModuleType, tmp_path: Path) -> None:
-    total = run_all.run("mixed", *pytest_on(tmp_path / "test_mixed.py", OUTCOMES), [])
+    arguments = pytest_on(tmp_path / "test_mixed.py", OUTCOMES)
+    total, said = run_all.run("mixed", *arguments, [], capture=True)
     assert total == run_all.Total(passed=2, failed=2, skipped=1)
+    assert "RuntimeError" in said and str(total) in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def test_outcomes_are_counted(run_all: ModuleType, tmp_path: Path) -> None:
     ids=["a process that died", "a file that does not import", "no test at all"],
 )
 def test_what_ran_no_test_counts_as_failed(run_all: ModuleType, tmp_path: Path, text: str) -> None:
-    total = run_all.run("broken", *pytest_on(tmp_path / "test_broken.py", text), [])
+    arguments = pytest_on(tmp_path / "test_broken.py", text)
+    total, said = run_all.run("broken", *arguments, [], capture=True)
+    assert "exit status" in said.splitlines()[-1]
     assert total == run_all.Total(failed=1)
 
 
@@ -175,9 +179,11 @@ def test_last_line_is_the_sum_and_status_says_failure(
 ) -> None:
     totals = {"a": run_all.Total(5, 0, 1), "b": run_all.Total(0, 2, 0), "c": run_all.Total(7, 0, 0)}
     monkeypatch.setattr(run_all, "processes", lambda: {name: ([], {}) for name in totals})
-    monkeypatch.setattr(run_all, "run", lambda name, *_: totals[name])
+    monkeypatch.setattr(run_all, "run", lambda name, *_, **__: (totals[name], f"== {name}"))
     assert run_all.main([]) == 1
-    assert capfd.readouterr().out.splitlines()[-1] == "12 passed, 2 failed, 1 skipped"
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "12 passed, 2 failed, 1 skipped"
+    assert {"== a", "== b", "== c"} <= set(lines)
     totals["b"] = run_all.Total(2, 0, 0)
     assert run_all.main([]) == 0
 

@@ -71,7 +71,7 @@ def share(rows: int, group: Group | None, device: torch.device) -> Share:
     """Asks every rank for its number of rows."""
     if group is None:
         return Share((rows,), 0, None)
-    process_group = group.group if isinstance(group, Ring) else group
+    process_group = members_of(group)
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             "group must be a torch.distributed process group or a Ring of one, and this process a "
@@ -126,7 +126,7 @@ def scatter_sum(x: Tensor, at: Share) -> Tensor:
 
 def process_group(at: Share) -> dist.ProcessGroup:
     assert at.group is not None
-    return at.group.group if isinstance(at.group, Ring) else at.group
+    return members_of(at.group)
 
 
 def sum_over_ranks(x: Tensor, at: Share) -> Tensor:
@@ -161,6 +161,57 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return scatter_sum(grad.contiguous(), ctx.at), None
+
+
+# ---- a batch that is shared out: rank r has its rows r, r + W, r + 2W, … -------------------------
+
+
+def whole(x: Tensor, group: Group | None) -> Tensor:
+    """The rows of the whole batch in its order: (total, ...) of x (N, ...), this rank's rows.
+
+    Differentiable, as `gather`. Raises ValueError when the ranks' numbers of rows are not those of
+    one batch that was shared out.
+    """
+    if group is None:
+        return x
+    at = share(len(x), group, x.device)
+    if any(count != len(range(rank, at.total, at.world)) for rank, count in enumerate(at.counts)):
+        raise ValueError(f"whole: no batch is shared out as {at.counts} rows.")
+    row = torch.arange(at.total, device=x.device)
+    first = torch.tensor([at.offset(rank) for rank in range(at.world)], device=x.device)
+    return gather(x, at).index_select(0, first[row % at.world] + row // at.world)
+
+
+def own(x: Tensor, group: Group | None) -> Tensor:
+    """This rank's rows (N, ...) of the whole batch's x (total, ...): the inverse of `whole`."""
+    if group is None:
+        return x
+    members = members_of(group)
+    return x[dist.get_rank(members) :: dist.get_world_size(members)]
+
+
+def agreed(x: Tensor, group: Group | None) -> Tensor:
+    """The first rank's x, on every rank: for what is drawn at random for the whole batch."""
+    if group is None:
+        return x
+    members, x = members_of(group), x.contiguous()
+    dist.broadcast(x, dist.get_global_rank(members, 0), group=members)
+    return x
+
+
+@torch.no_grad()
+def average(x: Tensor, rows: int, group: Group | None) -> Tensor:
+    """The mean over all ranks' rows of what x is the mean of over this rank's `rows`."""
+    if group is None:
+        return x
+    weight = x.new_full((1,), rows)
+    total = torch.cat((x.flatten() * weight, weight))
+    dist.all_reduce(total, group=members_of(group))
+    return (total[:-1] / total[-1]).view(x.shape)
+
+
+def members_of(group: Group) -> dist.ProcessGroup:
+    return group.group if isinstance(group, Ring) else group
 
 
 # ---- sending round -------------------------------------------------------------------------------

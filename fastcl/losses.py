@@ -185,6 +185,7 @@ class InstanceSpreadLoss(Loss):
         detach_columns: bool = True,
         normalize: bool = True,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -192,6 +193,7 @@ class InstanceSpreadLoss(Loss):
             detach_columns=detach_columns,
             normalize=normalize,
             reduction=reduction,
+            group=group,
         )
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
@@ -208,8 +210,11 @@ class NCELoss(Loss):
         partition: float | Tensor,
         eps: float = 1e-7,
         reduction: str = "mean",
+        group: Group | None = None,
     ) -> None:
-        super().__init__(data_size=data_size, partition=partition, eps=eps, reduction=reduction)
+        super().__init__(
+            data_size=data_size, partition=partition, eps=eps, reduction=reduction, group=group
+        )
 
     def forward(self, scores: Tensor) -> Tensor:
         return F.nce(scores, **self.options())
@@ -227,11 +232,13 @@ class DINOLoss(Loss):
         center: Tensor,
         student_temperature: float | Tensor = 0.1,
         teacher_temperature: float | Tensor = 0.04,
+        group: Group | None = None,
     ) -> None:
         super().__init__(
             center=center,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
+            group=group,
         )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -241,8 +248,10 @@ class DINOLoss(Loss):
 class NegativeCosineLoss(Loss):
     """`functional.negative_cosine`: BYOL's and SimSiam's similarity; the target is not detached."""
 
-    def __init__(self, *, eps: float = 1e-8, reduction: str = "mean") -> None:
-        super().__init__(eps=eps, reduction=reduction)
+    def __init__(
+        self, *, eps: float = 1e-8, reduction: str = "mean", group: Group | None = None
+    ) -> None:
+        super().__init__(eps=eps, reduction=reduction, group=group)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.negative_cosine(prediction, target, **self.options())
@@ -260,11 +269,19 @@ class SwAVLoss(Loss):
     temperature: float | Tensor
     epsilon: float
     iterations: int
+    group: Group | None
 
     def __init__(
-        self, *, temperature: float | Tensor = 0.1, epsilon: float = 0.05, iterations: int = 3
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        epsilon: float = 0.05,
+        iterations: int = 3,
+        group: Group | None = None,
     ) -> None:
-        super().__init__(temperature=temperature, epsilon=epsilon, iterations=iterations)
+        super().__init__(
+            temperature=temperature, epsilon=epsilon, iterations=iterations, group=group
+        )
 
     def forward(
         self,
@@ -275,8 +292,8 @@ class SwAVLoss(Loss):
         """The loss () of prototype scores (N, K), one tensor a crop.
 
         `high_resolution` are the A crops that give codes; `queue` their stored scores (L, K), which
-        take part in the codes and in nothing else. Raises ValueError for fewer than two crops, or a
-        queue that is not one tensor a large crop.
+        take part in the codes and in nothing else; of a group, each rank has rows of its own.
+        Raises ValueError for fewer than two crops, or a queue that is not one tensor a large crop.
         """
         scores = [*high_resolution, *low_resolution]
         if not high_resolution or len(scores) < 2:
@@ -292,10 +309,12 @@ class SwAVLoss(Loss):
         losses = []
         for i, score in enumerate(high_resolution):
             stored = score.detach() if queue is None else torch.cat((queue[i], score)).detach()
-            codes = F.sinkhorn(stored, epsilon=self.epsilon, iterations=self.iterations)
+            codes = F.sinkhorn(
+                stored, epsilon=self.epsilon, iterations=self.iterations, group=self.group
+            )
             code = codes[-score.shape[0] :]  # (N, K)
             losses += [
-                F.soft_cross_entropy(other, code, temperature=self.temperature)
+                F.soft_cross_entropy(other, code, temperature=self.temperature, group=self.group)
                 for v, other in enumerate(scores)
                 if v != i
             ]

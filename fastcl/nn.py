@@ -1,6 +1,8 @@
 """The stateful parts that the methods are made of: queues, prototypes, heads, momentum copies.
 
 Losses are in fastcl.functional and keep no state; what a method remembers between steps is here.
+With a `group` (fastcl.parallel gives it) what is remembered is the same on every rank: they push,
+write and average the whole batch.
 """
 
 import copy
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, linear, normalize
 
 import fastcl.functional as F
+from fastcl.distributed import Group, average, members_of, whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,6 +31,7 @@ class FeatureQueue(nn.Module):
 
     features: Tensor
     pointer: Tensor
+    group: Group | None = None
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
         """Overwrite the oldest rows with keys (N, dim)."""
-        F.queue_push_(self.features, self.pointer, keys)
+        F.queue_push_(self.features, self.pointer, whole(keys, self.group))
 
     def extra_repr(self) -> str:
         size, dim = self.features.shape
@@ -57,6 +61,7 @@ class MemoryBank(nn.Module):
     """
 
     features: Tensor
+    group: Group | None = None
 
     def __init__(self, size: int, dim: int, momentum: float = 0.5) -> None:
         super().__init__()
@@ -69,6 +74,7 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def update(self, index: Tensor, features: Tensor) -> None:
         """Move rows index (N,) towards unit features (N, dim); of equal rows the last counts."""
+        index, features = whole(index, self.group), whole(features, self.group)
         F.bank_update_(self.features, index, features, momentum=self.momentum)
 
     def extra_repr(self) -> str:
@@ -86,6 +92,7 @@ class Partition(nn.Module):
     """
 
     z: Tensor
+    group: Group | None = None
 
     def __init__(self, momentum: float = 0.0) -> None:
         super().__init__()
@@ -95,7 +102,7 @@ class Partition(nn.Module):
     @torch.no_grad()
     def forward(self, scores: Tensor, images: int) -> Tensor:
         """Z, 0-dim, for scores (N, 1 + K) against a bank of n = images rows."""
-        now = images * scores.exp().mean()
+        now = images * average(scores.exp().mean(), len(scores), self.group)
         m = self.momentum
         later = m * self.z + (1 - m) * now if m > 0 else self.z
         self.z.copy_(torch.where(self.z == 0, now, later))
@@ -134,12 +141,26 @@ class SplitBatchNorm(nn.BatchNorm2d):
     query and its key leak to each other which sample they are. Group g holds the samples n with
     n mod splits = g. In evaluation it is plain batch norm; its state has the same names.
 
+    On W ranks, which share a batch out in this way (`share_out`), each has splits / W of the groups
+    and the running statistics are means over all of them.
+
     Source: the CIFAR demo of facebookresearch/moco (branch colab-notebook).
     """
 
     def __init__(self, num_features: int, splits: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.splits = splits
+        self.group: Group | None = None
+
+    def share_out(self, group: Group) -> None:
+        """Of its groups, keep this rank's. Raises ValueError where W does not divide them."""
+        world = torch.distributed.get_world_size(members_of(group))
+        if self.splits % world:
+            raise ValueError(
+                f"{self.splits} batch-norm groups cannot be shared out to {world} processes: "
+                f"take --bn-splits {world}, or a multiple of it, or 1"
+            )
+        self.splits, self.group = self.splits // world, group
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W), N a multiple of splits."""
@@ -163,8 +184,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
             eps=self.eps,
         )
         with torch.no_grad():
-            self.running_mean.copy_(mean.view(s, -1).mean(0))
-            self.running_var.copy_(var.view(s, -1).mean(0))
+            running = torch.stack((mean.view(s, -1).mean(0), var.view(s, -1).mean(0)))
+            mean, var = average(running, s, self.group)
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         return y.view(x.shape)

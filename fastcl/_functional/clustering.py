@@ -17,6 +17,7 @@ def soft_cross_entropy(
     *,
     temperature: float | Tensor = 1.0,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """Cross entropy against soft targets.
 
@@ -40,7 +41,7 @@ def soft_cross_entropy(
     logits, targets = promoted(logits, targets)
     t = inverse("soft_cross_entropy", temperature, logits)
     loss: Tensor = ops.soft_cross_entropy(logits, targets, t)[0]
-    return reduce(loss, reduction)
+    return reduce(loss, reduction, share(len(loss), group, loss.device))
 
 
 def sinkhorn(
@@ -83,7 +84,12 @@ def _sinkhorn_across(scores: Tensor, epsilon: float, iterations: int, group: Gro
 
 
 def negative_cosine(
-    prediction: Tensor, target: Tensor, *, eps: float = 1e-8, reduction: str = "mean"
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    eps: float = 1e-8,
+    reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """Negative cosine similarity of paired rows, from −1 (aligned) to 1.
 
@@ -98,7 +104,8 @@ def negative_cosine(
     check.scalar("negative_cosine", "eps", eps, positive=True)
     check.one_of("negative_cosine", "reduction", reduction, check.REDUCTIONS)
     prediction, target = promoted(prediction, target)
-    return reduce(ops.cosine(prediction, target, float(eps)), reduction)
+    loss: Tensor = ops.cosine(prediction, target, float(eps))
+    return reduce(loss, reduction, share(len(loss), group, loss.device))
 
 
 def self_distillation(
@@ -108,6 +115,7 @@ def self_distillation(
     center: Tensor,
     student_temperature: float | Tensor = 0.1,
     teacher_temperature: float | Tensor = 0.04,
+    group: Group | None = None,
 ) -> Tensor:
     """DINO's loss: every student view predicts the teacher's other views.
 
@@ -143,4 +151,4 @@ def self_distillation(
     t_teacher = inverse(name, teacher_temperature, student).detach()
     centre = center.detach().to(t_student.dtype)
     loss: Tensor = ops.self_distillation(student, teacher, centre, t_student, t_teacher)[0]
-    return loss.mean()
+    return reduce(loss, "mean", share(len(loss), group, loss.device))

@@ -371,6 +371,7 @@ def instance_spread(
     detach_columns: bool = True,
     normalize: bool = True,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """InvaSpread's loss: a view is its own instance, and no other view is.
 
@@ -380,6 +381,7 @@ def instance_spread(
     z0, z1 (N, D): row i of each is a view of image i; m = negative_weight. `detach_columns` lets
     the gradient flow through the row operand only, as the official code does. Exact also where
     1 − p cancels in float32. Returns nats, the mean over the 2N rows, or (2N,).
+    With a group every rank goes through the matrix of all rows, for the losses of its own.
     Source: Ye et al. 2019, arXiv:1904.03436.
     Raises ValueError or TypeError on shapes, dtypes, devices, temperature or weight ≤ 0, reduction.
     """
@@ -388,6 +390,7 @@ def instance_spread(
     check.one_of("instance_spread", "reduction", reduction, check.REDUCTIONS)
     z0, z1 = promoted(z0, z1)
     t = inverse("instance_spread", temperature, z0)
-    z = torch.cat((z0, z1))
+    at = share(z0.shape[0], group, z0.device)
+    z = torch.cat((gather(z0, at), gather(z1, at)))
     loss = ops.instance_spread(z, t, float(negative_weight), normalize, detach_columns)[0]
-    return reduce(loss, reduction)
+    return _over_views(loss.view(2, -1)[:, at.own], reduction, at)

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from fastcl import _check as check
 from fastcl import ops
 from fastcl._functional._shared import as_scale, reduce
+from fastcl.distributed import Group, share
 
 
 def ema_update_(
@@ -136,6 +137,7 @@ def nce(
     partition: float | Tensor,
     eps: float = 1e-7,
     reduction: str = "mean",
+    group: Group | None = None,
 ) -> Tensor:
     """Noise-contrastive estimation: is each candidate the data, or noise?
 
@@ -161,4 +163,5 @@ def nce(
     u = scores.to(log_z.dtype) - log_z - math.log(c + eps)  # (N, 1 + K), log P / (c + ε)
     positive = logsigmoid(u[:, 0])
     negatives = logsigmoid(-u[:, 1:]) + math.log(c / (c + eps))
-    return reduce(-positive - negatives.sum(1), reduction)
+    at = share(len(scores), group, scores.device)
+    return reduce(-positive - negatives.sum(1), reduction, at)

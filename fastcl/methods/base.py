@@ -12,9 +12,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastcl import models
+from fastcl import distributed, models
+from fastcl._functional._shared import reduce
 from fastcl.data.augment import Crops
 from fastcl.data.colours import CHANNELS
+from fastcl.distributed import Group
 
 
 def option(
@@ -94,6 +96,7 @@ class Method(nn.Module):
 
     encoder: nn.Module
     embedding: Tensor
+    group: Group | None = None  # the processes that share each batch out
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__()
@@ -150,6 +153,26 @@ class Method(nn.Module):
     def collapsed_loss(self) -> float | None:
         """The loss when all embeddings are the same, in nats; None where it has no such value."""
         return None
+
+    def encoders(self) -> list[nn.Module]:
+        """The encoder and its moving averages: what is compiled, and run a few rows at a time."""
+        return [module for module in self.modules() if type(module) is type(self.encoder)]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The rows of the whole batch, of which x (N, …) are this process's."""
+        return distributed.whole(x, self.group)
+
+    def own(self, x: Tensor) -> Tensor:
+        """This process's rows of the whole batch's x; of one process, x."""
+        return distributed.own(x, self.group)
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """x, drawn at random for the whole batch, as all processes are to have it."""
+        return distributed.agreed(x, self.group)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """The mean of losses (N,): the average over processes is that over the whole batch."""
+        return reduce(losses, "mean", distributed.share(len(losses), self.group, losses.device))
 
     def encode(self, views: Sequence[Tensor]) -> Tensor:
         """Features of all views, in their order: (V · N, features).

@@ -90,7 +90,7 @@ class BYOL(Method):
 
     def regression(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The mean squared distance of the unit vectors of two (N, D), from 0 to 4."""
-        return 2 + 2 * F.negative_cosine(prediction, target, eps=NORM_FLOOR)
+        return 2 + 2 * F.negative_cosine(prediction, target, eps=NORM_FLOOR, group=self.group)
 
     def after_step(self, at: Progress) -> None:
         F.ema_update_(self.target, self.online, momentum=self.momentum_at(at))

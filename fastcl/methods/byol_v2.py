@@ -92,6 +92,7 @@ class BYOLV2(byol.BYOL):
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
         if self.config.careful_init and at.step == 0:
-            careful_init_(nn.Sequential(self.online, self.predictor), torch.cat(list(views)))
+            images = torch.cat([self.whole(view) for view in views])
+            careful_init_(nn.Sequential(self.online, self.predictor), images)
             self.target.load_state_dict(self.online.state_dict())
         return super().loss(views, at)

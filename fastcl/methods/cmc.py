@@ -177,16 +177,18 @@ class CMC(Method):
         scale = 1 / self.config.temperature
         scores = F.bank_scores(x, bank, index, scale=scale)  # (N, 1 + K)
         if index.shape[1] == 1:
-            return (cast(Tensor, F.similarity_lse(x, bank, scale=scale)) - scores[:, 0]).mean()
+            return self.mean(cast(Tensor, F.similarity_lse(x, bank, scale=scale)) - scores[:, 0])
         if self.config.loss == "softmax":
-            return (scores.logsumexp(1) - scores[:, 0]).mean()
-        return F.nce(scores, data_size=len(bank), partition=z(scores.detach(), len(bank)))
+            return self.mean(scores.logsumexp(1) - scores[:, 0])
+        partition = z(scores.detach(), len(bank))
+        return F.nce(scores, data_size=len(bank), partition=partition, group=self.group)
 
     def candidates(self, y: Tensor) -> Tensor:
         """Rows of the banks for each image (N, 1 + K): its own, then K noise rows."""
         images = len(cast(MemoryBank, self.banks[0]).features)
-        noise = torch.randint(images, (len(y), self.config.negatives), device=y.device)
-        return torch.cat([y[:, None], noise], dim=1)
+        shape = len(self.whole(y)), self.config.negatives
+        noise = self.agreed(torch.randint(images, shape, device=y.device))
+        return torch.cat([y[:, None], self.own(noise)], dim=1)
 
     def after_backward(self, at: Progress) -> None:
         assert at.indices is not None

@@ -192,6 +192,9 @@ class CPC(Method):
             nn.Linear(context.dim, outputs, bias=c.target_dim > 0) for context in contexts
         )
 
+    def encoders(self) -> list[nn.Module]:
+        return [self.encoder.encoder]  # of patches: what makes them is called by another name
+
     def crops(self, image_size: int) -> list[Crops]:
         return [Crops(1, image_size, self.config.crop_scale)]
 
@@ -209,12 +212,13 @@ class CPC(Method):
     def step_losses(self, z: Tensor, predictions: Tensor) -> Tensor:
         """L_k (steps,) of targets z (N, T, W, D) and predictions W_k c (N, T, W, steps · D)."""
         config = self.config
-        count, rows, columns, dim = z.shape
-        flat = z.reshape(-1, dim)  # (N · T · W, D)
+        rows, columns, dim = z.shape[1:]
+        flat = self.whole(z).reshape(-1, dim)  # (N · T · W, D)
         if config.detach_negatives:
             flat = flat.detach()
         last = rows - config.steps - config.skip  # rows that the last step can start from
-        tables = self.tables(count, rows, columns, last, z.device)
+        images = len(flat) // (rows * columns)  # of the whole batch
+        tables = self.tables(images, rows, columns, last, z.device)
         losses = []
         for k, prediction in enumerate(predictions.split(dim, dim=3), start=1):
             ahead = k + config.skip
@@ -223,13 +227,18 @@ class CPC(Method):
             positive = z[:, ahead : ahead + starts].reshape(-1, dim)  # (A, D)
             if config.negatives == "all":
                 others = cast(Tensor, F.similarity_lse(query, flat))  # the positive among them
-                losses.append((others - (query * positive).sum(1)).mean())
+                losses.append(self.mean(others - (query * positive).sum(1)))
             else:
-                index = tables[k - 1]  # (A, n)
-                losses.append(
-                    F.info_nce(query, positive, flat[index], temperature=1.0, normalize=False)
-                )
+                table = self.agreed(tables[k - 1]).unflatten(0, (images, -1))
+                index = self.own(table).flatten(0, 1)  # (A, n)
+                losses.append(self.among(query, positive, flat[index]))
         return torch.stack(losses)
+
+    def among(self, query: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
+        """Cross entropy, 0-dim, of query (A, D) with positive (A, D) against (A, n, D) and it."""
+        return F.info_nce(
+            query, positive, candidates, temperature=1.0, normalize=False, group=self.group
+        )
 
     def tables(
         self, count: int, rows: int, columns: int, last: int, device: torch.device

@@ -26,6 +26,7 @@ import fastcl.functional as F
 from fastcl import models
 from fastcl.data.augment import Crops
 from fastcl.data.colours import CHANNELS
+from fastcl.distributed import average
 from fastcl.methods.base import Config as BaseConfig
 from fastcl.methods.base import Method, Progress, option
 from fastcl.nn import DINOHead, momentum_copy
@@ -192,6 +193,7 @@ class DINO(Method):
             center=self.center,
             student_temperature=self.config.student_temperature,
             teacher_temperature=self.teacher_temperature(at.epoch),
+            group=self.group,
         )
         if self.config.centring:
             self.move_center(teacher)
@@ -200,7 +202,7 @@ class DINO(Method):
     @torch.no_grad()
     def move_center(self, teacher: Tensor) -> None:
         """c ← m c + (1 − m) mean of the teacher's outputs (2N, K), before τ_t."""
-        mean = teacher.mean(0, dtype=self.center.dtype)
+        mean = average(teacher.mean(0, dtype=self.center.dtype), len(teacher), self.group)
         # A new tensor: the loss has kept the old one for its backward pass.
         self.center = self.center.lerp(mean, 1 - self.config.center_momentum)
 

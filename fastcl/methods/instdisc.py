@@ -95,7 +95,7 @@ class InstDisc(Method):
         loss = self.against_bank(x, at.indices)
         if self.config.proximal > 0:
             away = x - self.bank.features[at.indices]
-            loss = loss + self.config.proximal * away.square().sum(1).mean()
+            loss = loss + self.config.proximal * self.mean(away.square().sum(1))
         return loss
 
     def against_bank(self, x: Tensor, y: Tensor) -> Tensor:
@@ -103,19 +103,18 @@ class InstDisc(Method):
         bank, scale = self.bank.features, 1 / self.config.temperature
         if self.config.negatives == 0:
             own = F.bank_scores(x, bank, y[:, None], scale=scale)[:, 0]
-            return (cast(Tensor, F.similarity_lse(x, bank, scale=scale)) - own).mean()
+            return self.mean(cast(Tensor, F.similarity_lse(x, bank, scale=scale)) - own)
         scores = F.bank_scores(x, bank, self.candidates(y), scale=scale)  # (N, 1 + K)
         if self.config.loss == "softmax":
-            return (scores.logsumexp(1) - scores[:, 0]).mean()
+            return self.mean(scores.logsumexp(1) - scores[:, 0])
         z = self.partition(scores.detach(), len(bank))
-        return F.nce(scores, data_size=len(bank), partition=z)
+        return F.nce(scores, data_size=len(bank), partition=z, group=self.group)
 
     def candidates(self, y: Tensor) -> Tensor:
         """Rows of the bank for each image (N, 1 + K): its own, then K noise rows."""
-        noise = torch.randint(
-            len(self.bank.features), (len(y), self.config.negatives), device=y.device
-        )
-        return torch.cat([y[:, None], noise], dim=1)
+        shape = len(self.whole(y)), self.config.negatives
+        noise = self.agreed(torch.randint(len(self.bank.features), shape, device=y.device))
+        return torch.cat([y[:, None], self.own(noise)], dim=1)
 
     def after_backward(self, at: Progress) -> None:
         assert at.indices is not None

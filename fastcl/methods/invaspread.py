@@ -77,6 +77,7 @@ class InvaSpread(Method):
             temperature=self.config.temperature,
             negative_weight=self.config.negative_weight,
             detach_columns=self.config.detach_columns,
+            group=self.group,
         )
 
     def collapsed_loss(self) -> float:

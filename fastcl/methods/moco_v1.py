@@ -5,8 +5,9 @@
     L = −log exp(q·k/τ) / (exp(q·k/τ) + Σ_j exp(q·queue_j/τ))
     queue ← k                                  afterwards: keys of this batch are no negatives
 
-On one device, batch norm works on interleaved groups of the batch and keys are shuffled first: the
-stand-in for shuffling over devices of facebookresearch/moco's CIFAR demo.
+Batch norm works on groups of the batch, and keys are shuffled first: between the processes, which
+have groups of their own, and within one of them, whose groups are interleaved as in the CIFAR demo
+of facebookresearch/moco.
 
 Source: He et al. 2020, arXiv:1911.05722.
 """
@@ -107,16 +108,20 @@ class MoCoV1(Method):
             self.queue.features,
             temperature=self.config.temperature,
             normalize=False,  # all rows are unit already
+            group=self.group,
         )
 
     @torch.no_grad()
     def encode_keys(self, view: Tensor) -> Tensor:
         """Unit keys (N, D), shuffled on the way: their batch-norm groups are not the queries'."""
-        order = torch.randperm(len(view), device=view.device)
-        return normalize(self.key_encoder(view[order])[order.argsort()], dim=1)
+        images = self.whole(view)
+        order = self.agreed(torch.randperm(len(images), device=view.device))
+        keys = self.whole(self.key_encoder(self.own(images[order])))
+        return normalize(self.own(keys[order.argsort()]), dim=1)
 
     def after_backward(self, at: Progress) -> None:
-        self.queue.push(self.keys)
+        for keys in self.keys.chunk(1 + self.config.symmetric):
+            self.queue.push(keys)
 
     def momentum_at(self, at: Progress) -> float:
         return self.config.momentum

@@ -135,8 +135,10 @@ class MoCoV3(Method):
             k1, k2 = (self.key_encoder(view) for view in views)
         self.embedding = normalize(q1.detach(), dim=1)
         tau = self.config.temperature
-        both = F.info_nce(q1, k2, temperature=tau) + F.info_nce(q2, k1, temperature=tau)
-        return 2 * tau * both
+        both = [
+            F.info_nce(q, k, temperature=tau, group=self.group) for q, k in ((q1, k2), (q2, k1))
+        ]
+        return 2 * tau * (both[0] + both[1])
 
     def momentum_at(self, at: Progress) -> float:
         if not self.config.momentum_cosine:

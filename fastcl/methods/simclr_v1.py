@@ -81,7 +81,7 @@ class SimCLRV1(Method):
         z = self.head(self.encode(views))  # (2N, D); batch norm sees both views
         z0, z1 = z.chunk(2)
         self.embedding = normalize(z0.detach(), dim=1)
-        return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature)
+        return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature, group=self.group)
 
     def collapsed_loss(self) -> float:
         return 2 * math.log(2 * self.config.batch_size - 1)

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
+from fastcl._functional._shared import reduce
 from fastcl.data.colours import CHANNELS
+from fastcl.distributed import Group, own, share, whole
 from fastcl.methods import simclr_v1
 from fastcl.methods.base import Config as BaseConfig
 from fastcl.methods.base import Method, Progress, option
@@ -118,15 +120,16 @@ class SimCLRV2(Method):
         z0, z1 = z.chunk(2)
         self.embedding = normalize(z0.detach(), dim=1)
         if not self.config.memory:
-            return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature)
+            return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature, group=self.group)
         F.ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.momentum)
         with torch.no_grad():
             self.keys = normalize(self.key_encoder(torch.cat(list(views))), dim=1)
-        return memory_loss(z, self.keys, self.queue.features, self.config.temperature)
+        return memory_loss(z, self.keys, self.queue.features, self.config.temperature, self.group)
 
     def after_backward(self, at: Progress) -> None:
         if self.config.memory:
-            self.queue.push(self.keys)
+            for keys in self.keys.chunk(2):
+                self.queue.push(keys)
 
     def momentum_at(self, at: Progress) -> float | None:
         return self.config.momentum if self.config.memory else None
@@ -137,21 +140,26 @@ class SimCLRV2(Method):
         return 2 * math.log(negatives)
 
 
-def memory_loss(z: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+def memory_loss(
+    z: Tensor, keys: Tensor, queue: Tensor, temperature: float, group: Group | None = None
+) -> Tensor:
     """L of the memory, 0-dim: z (2N, D) online, unit keys (2N, D) and queue (M, D), both fixed."""
-    rows = torch.arange(len(z), device=z.device)
+    candidates = torch.cat([whole(view, group) for view in keys.chunk(2)])  # of the whole batch
+    numbers = torch.arange(len(candidates), device=z.device)
     earlier = torch.full((len(queue),), -1, device=z.device)
     z = normalize(z, dim=1)
     lse = F.similarity_lse(
         z,
-        torch.cat((keys.to(z.dtype), queue.to(z.dtype))),
+        torch.cat((candidates.to(z.dtype), queue.to(z.dtype))),
         scale=1 / temperature,
-        query_ids=rows,  # equal ids: the same view of the same image
-        key_ids=torch.cat((rows, earlier)),
+        # equal ids: the same view of the same image
+        query_ids=torch.cat([own(view, group) for view in numbers.chunk(2)]),
+        key_ids=torch.cat((numbers, earlier)),
     )
     assert isinstance(lse, Tensor)
     partner = keys.to(z.dtype).roll(len(z) // 2, 0)
-    return 2 * (lse - (z * partner).sum(1) / temperature).mean()
+    losses = lse - (z * partner).sum(1) / temperature
+    return 2 * reduce(losses, "mean", share(len(losses), group, z.device))
 
 
 def distillation_loss(

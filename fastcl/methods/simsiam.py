@@ -64,7 +64,8 @@ class SimSiam(Method):
         p1, p2 = self.predictor(z1), self.predictor(z2)
         z1, z2 = z1.detach(), z2.detach()
         self.embedding = normalize(z1, dim=1)
-        return (F.negative_cosine(p1, z2) + F.negative_cosine(p2, z1)) / 2
+        both = [F.negative_cosine(p, z, group=self.group) for p, z in ((p1, z2), (p2, z1))]
+        return (both[0] + both[1]) / 2
 
     def fixed_lr(self) -> Iterable[nn.Parameter]:
         return self.predictor.parameters() if self.config.fix_predictor_lr else ()

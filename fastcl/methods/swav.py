@@ -121,7 +121,9 @@ class SwAV(Method):
         targets = torch.cat([both - code for code in codes] + [both] * (len(views) - LARGE))
         # The mean over V · N rows, for a sum over LARGE · (V − 1) pairs of views and a mean over N.
         pairs = LARGE * (len(views) - 1)
-        loss = F.soft_cross_entropy(scores, targets, temperature=self.config.temperature)
+        loss = F.soft_cross_entropy(
+            scores, targets, temperature=self.config.temperature, group=self.group
+        )
         return loss * (len(views) / pairs)
 
     @torch.no_grad()
@@ -130,10 +132,13 @@ class SwAV(Method):
         if self.queues and at.epoch >= self.config.queue_start_epoch:
             queue = cast(FeatureQueue, self.queues[i])
             if queue.features[-1].any():  # full
-                scores = torch.cat([self.prototypes(queue.features), scores])
+                scores = torch.cat([self.prototypes(self.own(queue.features)), scores])
             queue.push(z)
         codes = F.sinkhorn(
-            scores, epsilon=self.config.epsilon, iterations=self.config.sinkhorn_iterations
+            scores,
+            epsilon=self.config.epsilon,
+            iterations=self.config.sinkhorn_iterations,
+            group=self.group,
         )
         return codes[-len(z) :]
 

@@ -6,11 +6,10 @@ them only: torch.load(..., weights_only=True) reads it.
 """
 
 import contextlib
-import io
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -21,14 +20,13 @@ PREVIOUS = "checkpoint.previous.pt"
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write state to path, atomically; what was there is then in PREVIOUS, beside it.
 
+    The tensors go to the file as they are: no copy of a large bank in memory.
     Raises OSError (a full disk, …) with path as it was.
     """
-    buffer = io.BytesIO()  # torch.save on a file turns a full disk into a RuntimeError
-    torch.save(state, buffer)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            _write(state, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
@@ -39,6 +37,35 @@ def save(path: Path, state: dict[str, Any]) -> None:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def _write(state: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save, which turns what a write raises into a RuntimeError about its zip file."""
+    stream = _Stream(file)
+    try:
+        torch.save(state, stream)  # type: ignore[arg-type]
+    except BaseException:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
+
+
+class _Stream:
+    """A file that remembers what its first failed write raised."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: memoryview) -> int:
+        try:
+            return self.file.write(data)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def keep(path: Path, name: str) -> None:
@@ -55,6 +82,21 @@ def keep(path: Path, name: str) -> None:
         shutil.copyfile(path, temporary)
     os.replace(temporary, path.with_name(name))
     temporary.unlink(missing_ok=True)  # rename does nothing to two links of one file
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write text to path, atomically: a kill leaves what was there. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

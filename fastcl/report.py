@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as nf
 
 from fastcl import checkpoint
-from fastcl.data import DataSplits, FolderSplit, Split, TensorSplit, load
+from fastcl.data import DataSplits, Split, TensorSplit, load
 from fastcl.evaluate import features_and_labels, load_encoder
 from fastcl.progress import collapse_sentence, read_rows
 from fastcl.tsne import tsne
@@ -110,7 +110,8 @@ def write(
         state = checkpoint.load(folder / checkpoint.NAME)
         if data is None:
             own = state["values"]
-            data = load(own["data"], data_dir=data_dir or own["data_dir"])
+            columns = {key: own.get(key) for key in ("image_column", "label_column")}
+            data = load(own["data"], data_dir=data_dir or own["data_dir"], **columns)
         features = look(state, data, device)
     except (OSError, ValueError) as error:
         missing = f"No map and no neighbours: {' '.join(str(error).split())}"
@@ -147,10 +148,9 @@ def look(state: dict[str, Any], data: DataSplits, device: torch.device | str) ->
 def evenly(split: Split, most: int) -> Split:
     """At most so many of the split's images, evenly spaced, without those that cannot be read."""
     keep = torch.arange(0, len(split), max(1, -(-len(split) // most)))
-    if isinstance(split, TensorSplit):
-        return TensorSplit(split.images[keep], split.labels[keep])
-    paths = tuple(split.paths[i] for i in keep.tolist())
-    part = FolderSplit(paths, split.labels[keep], split.image_size, split.unreadable)
+    part = split.subset(keep)
+    if isinstance(part, TensorSplit):
+        return part
     images, labels = zip(*part.batches(250))
     return TensorSplit(torch.cat(images), torch.cat(labels))
 

@@ -9,34 +9,19 @@ memory.
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from fastcl.data.splits import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataSplits,
-    FolderSplit,
-    TensorSplit,
-    fit_square,
-)
+from fastcl.data.reading import LARGE, of_any_size
+from fastcl.data.splits import IMAGENET_MEAN, IMAGENET_STD, DataSplits, FolderSplit
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-IN_MEMORY = 100_000  # images of at most SMALL pixels: 100,000 · 3 · 64² bytes = 1.2 GB at the most
-SMALL = 64
-LARGE = 224  # the size that larger images are used at
 
 
 def load_folder(data_dir: Path | None, download: bool = False) -> DataSplits:
     """`--data folder`. Images of at most 64 pixels keep their size; larger ones are used at 224."""
-    train, test, classes = _scan("folder", data_dir, ("test", "val"))
-    size = _largest_side(train)
-    if size > SMALL or max(len(train), len(test)) > IN_MEMORY:
-        return DataSplits("folder", train, test, classes, LARGE, IMAGENET_MEAN, IMAGENET_STD)
-    small = in_memory(train, size), in_memory(test, size)
-    return DataSplits("folder", *small, classes, size, IMAGENET_MEAN, IMAGENET_STD)
+    return of_any_size("folder", *_scan("folder", data_dir, ("test", "val")))
 
 
 def load_imagenet(data_dir: Path | None, download: bool = False) -> DataSplits:
@@ -96,42 +81,3 @@ def _files(root: Path, classes: tuple[str, ...]) -> FolderSplit:
         paths += images
         labels += [label] * len(images)
     return FolderSplit(tuple(paths), torch.tensor(labels), LARGE)
-
-
-def _largest_side(split: FolderSplit, sample: int = 64) -> int:
-    """The largest side among some evenly spaced images, from the files' headers."""
-    from PIL import Image
-
-    largest = 0
-    for path in split.paths[:: max(1, len(split) // sample)]:
-        try:
-            with Image.open(path) as image:
-                largest = max(largest, *image.size)
-        except OSError:  # unreadable: reported when it is decoded
-            continue
-    return largest or LARGE
-
-
-def in_memory(split: FolderSplit, size: int) -> TensorSplit:
-    """All images of a split, decoded: uint8 (N, 3, size, size). Unreadable files are left out."""
-    images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
-
-    def decode_into(index: int) -> bool:
-        image = split.read(index)
-        if image is None:
-            return False
-        images[index] = fit_square(image, size)
-        return True
-
-    with ThreadPoolExecutor() as pool:
-        readable = torch.tensor(list(pool.map(decode_into, range(len(split)))))
-    split.report((~readable).nonzero()[:, 0].tolist())
-    if not readable.any():
-        raise ValueError(
-            f"none of the {len(split)} image files can be read, {split.paths[0]} first"
-        )
-    return (
-        TensorSplit(images, split.labels)
-        if readable.all()
-        else TensorSplit(images[readable], split.labels[readable])
-    )

@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastcl.data.augment import Augmentation
-from fastcl.data.splits import FolderSplit, Split, TensorSplit
+from fastcl.data.splits import ReadSplit, Split, TensorSplit, none_readable
 
 Batch = tuple[list[Tensor], Tensor, Tensor]  # views, labels (B,), indices (B,)
 ORDER, VIEWS = 0, 1  # separate streams of random numbers
@@ -131,7 +131,7 @@ class Loader:
     # Files: image by image, in processes
 
     def _from_files(self, batches: list[tuple[int, Tensor]]) -> Iterator[Batch]:
-        assert isinstance(self.split, FolderSplit)
+        assert isinstance(self.split, ReadSplit)
         images = FileViews(self.split, self.augmentation, self.seed, self.epoch)
         loader: Any = torch.utils.data.DataLoader(
             images,
@@ -146,9 +146,9 @@ class Loader:
 
 
 class FileViews(torch.utils.data.Dataset[Any]):
-    """The views of image files in one epoch. In place of an unreadable file: the next readable."""
+    """The views of image files in one epoch. In place of an unreadable one: the next readable."""
 
-    def __init__(self, split: FolderSplit, augmentation: Augmentation, seed: int, epoch: int):
+    def __init__(self, split: ReadSplit, augmentation: Augmentation, seed: int, epoch: int):
         self.split, self.augmentation, self.seed, self.epoch = split, augmentation, seed, epoch
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor, int, list[int]]:
@@ -156,7 +156,7 @@ class FileViews(torch.utils.data.Dataset[Any]):
         while (image := self.split.read(index)) is None:
             unreadable.append(index)
             if len(unreadable) == len(self.split):
-                raise ValueError("none of the image files can be read")
+                raise ValueError(none_readable(self.split))
             index = (index + 1) % len(self.split)
         generator = generator_for(self.seed, VIEWS, self.epoch, index)
         views = self.augmentation.views_of(image, generator)

@@ -36,8 +36,16 @@ class Run:
 
     method: str = option("swav", ", ".join(METHODS))
     data: str = option("fashion", ", ".join(DATASETS))
-    data_dir: str | None = option(None, "where the data is, for data that is not embedded")
+    data_dir: str | None = option(
+        None, "where the data is; of hf also a name on the Hub, of webdataset 'x-{000..012}.tar'"
+    )
     download: bool = option(False, "fetch the data into --data-dir when it is not there")
+    image_column: str | None = option(
+        None, "of hf, the column of images; of webdataset, what their names end in, as jpg"
+    )
+    label_column: str | None = option(
+        None, "of hf, the column of labels; of webdataset, what their names end in, or json.FIELD"
+    )
     recipe: str = option("quick", "quick: minutes on a CPU; paper: the published numbers")
     output: str | None = option(None, "run folder; default runs/METHOD-DATA, numbered when taken")
     seed: int = option(0, "of weights, data order and augmentation", at_least=0)

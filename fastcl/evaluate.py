@@ -294,7 +294,12 @@ def evaluate(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
     values = state["values"]
     own = args.data is None
     data_dir = args.data_dir or (values["data_dir"] if own else None)
-    data = load(values["data"] if own else args.data, data_dir=data_dir, download=args.download)
+    keys = ("image_column", "label_column") if own else ()
+    columns = {key: values.get(key) for key in keys}
+    name = values["data"] if own else args.data
+    data = load(name, data_dir=data_dir, download=args.download, **columns)
+    if not data.labelled:
+        raise ValueError(f"data {name!r} has no labels to evaluate with")
     encoder, normalize = load_encoder(state, data)
     train, test = (
         features_and_labels(

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastcl import checkpoint, report
 from fastcl.config import RUNS, Request, UsageError, as_dict, parse, to_yaml
 from fastcl.data import Loader, TensorSplit, augment, load
+from fastcl.data.splits import summary as unreadable_summary
 from fastcl.evaluate import knn_accuracy, pixel_knn_accuracy
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS, Progress
@@ -80,7 +81,13 @@ class Trainer:
         self.run, self.config, self.interrupt = request.run, request.config, interrupt
         run, config = self.run, self.config
         self.device = _device(run.device)
-        self.data = load(run.data, data_dir=run.data_dir, download=run.download)
+        self.data = load(
+            run.data,
+            data_dir=run.data_dir,
+            download=run.download,
+            image_column=run.image_column,
+            label_column=run.label_column,
+        )
         image_size = config.image_size or self.data.image_size
 
         torch.manual_seed(run.seed)
@@ -274,7 +281,7 @@ class Trainer:
         due = self.step in (0, self.steps) or (
             every > 0 and self.step % (every * len(self.loader)) == 0
         )
-        if not due or self.step in self.knn:
+        if not due or self.step in self.knn or not self.data.labelled:
             return
         row: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
         if self.step == 0 and isinstance(self.data.train, TensorSplit):  # else too many pixels
@@ -373,10 +380,14 @@ class Trainer:
         self.bar.close()
         if signs := collapse_signs(self.last):
             print(f"note: the embeddings have collapsed: {'; '.join(signs)}")
-        numbers = {"trained encoder": self.knn[self.steps], "untrained encoder": self.knn.get(0)}
+        if skipped := self.data.unreadable:
+            print(f"note: skipped {unreadable_summary(skipped)}")
+        final, first = self.knn.get(self.steps), self.knn.get(0)
+        numbers = {"trained encoder": final, "untrained encoder": first}
         numbers["raw pixels"] = self.raw_pixels
         shown = (f"{name} {value:.1%}" for name, value in numbers.items() if value is not None)
-        print(f"kNN accuracy: {', '.join(shown)}\n{self.path}", flush=True)
+        accuracy = ", ".join(shown) or "none, as the images have no labels"
+        print(f"kNN accuracy: {accuracy}\n{self.path}", flush=True)
         if self.run.report:
             print(report.after_training(self.folder, self.data, self.device), flush=True)
 

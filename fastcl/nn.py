@@ -18,6 +18,8 @@ from fastcl.distributed import Group, average, members_of, whole
 
 M = TypeVar("M", bound=nn.Module)
 
+ROWS = 1 << 16  # of a queue or bank that are drawn at a time, so that a huge one has no copy
+
 
 class FeatureQueue(nn.Module):
     """The most recent `size` embeddings, as a ring buffer of rows.
@@ -25,7 +27,9 @@ class FeatureQueue(nn.Module):
     Starts as random unit vectors, so that a loss over it is defined from the first step. The
     published queues need `size` to be a multiple of the batch; this one wraps around anywhere.
 
-    Buffers: features (size, dim) float32, pointer int64 (1,), the row that is written next.
+    dtype: float32, or bfloat16 or float16 for half the memory; keys are rounded to it.
+
+    Buffers: features (size, dim), pointer int64 (1,), the row that is written next.
     Source: He et al. 2020, arXiv:1911.05722 (which stores it as (dim, size)).
     """
 
@@ -33,12 +37,13 @@ class FeatureQueue(nn.Module):
     pointer: Tensor
     group: Group | None = None
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"FeatureQueue: size and dim must be at least 1; got {size}, {dim}.")
-        rows = normalize(torch.randn(size, dim), dim=1)
-        self.register_buffer("features", rows)
+        self.register_buffer("features", torch.empty(size, dim, dtype=dtype))
+        for rows in self.features.split(ROWS):
+            rows.copy_(normalize(torch.randn(rows.shape), dim=1))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()
@@ -55,21 +60,26 @@ class MemoryBank(nn.Module):
     """One embedding for each image of the data, a moving average on the unit sphere.
 
     Starts uniform in a cube whose vectors have length 1 in the mean square.
+    dtype: float32, or bfloat16 or float16 for half the memory; the average is computed in float32.
 
-    Buffer: features (size, dim) float32.
+    Buffer: features (size, dim).
     Source: Wu et al. 2018, arXiv:1805.01978; zhirongw/lemniscate.pytorch.
     """
 
     features: Tensor
     group: Group | None = None
 
-    def __init__(self, size: int, dim: int, momentum: float = 0.5) -> None:
+    def __init__(
+        self, size: int, dim: int, momentum: float = 0.5, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"MemoryBank: size and dim must be at least 1; got {size}, {dim}.")
         self.momentum = momentum
         bound = (3 / dim) ** 0.5
-        self.register_buffer("features", torch.empty(size, dim).uniform_(-bound, bound))
+        self.register_buffer("features", torch.empty(size, dim, dtype=dtype))
+        for rows in self.features.split(ROWS):
+            rows.copy_(torch.empty(rows.shape).uniform_(-bound, bound))
 
     @torch.no_grad()
     def update(self, index: Tensor, features: Tensor) -> None:

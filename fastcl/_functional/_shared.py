@@ -11,6 +11,8 @@ from fastcl.distributed import Share, needs_grad
 from fastcl.ops._library import statistics_dtype
 from fastcl.reference._common import NORM_FLOOR, in_float
 
+WIDENED = 1 << 15  # rows of keys in half precision that are widened at a time
+
 
 def as_scale(value: float | Tensor, like: Tensor) -> Tensor:
     """A 0-dim tensor beside `like`, so that kernels read it without a host sync."""
@@ -36,6 +38,16 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     return tuple(x.to(dtype) for x in tensors)
+
+
+def stays_narrow(query: Tensor, key: Tensor) -> bool:
+    """Whether fixed keys (M, D), as of a large queue in half precision, are widened part by part.
+
+    All at once they would have a copy of twice their size.
+    """
+    if key.ndim != 2 or len(key) == 0 or needs_grad(key) or query.dtype == key.dtype:
+        return False
+    return torch.promote_types(query.dtype, key.dtype) == query.dtype
 
 
 def against(
@@ -73,6 +85,16 @@ def row_lse(
     key_ids: Tensor | None = None,
 ) -> Tensor:
     """Row log-sum-exp (N,), in one pass with the query's gradient if the keys need none."""
+    if query.dtype != key.dtype:
+        assert query_ids is None and stays_narrow(query, key)
+        # One buffer for all parts: as no part is kept for the backward pass, and a new one each
+        # time would leave the heap in pieces.
+        buffer = key.new_empty((min(WIDENED, len(key)), key.shape[1]), dtype=query.dtype)
+        parts = [
+            row_lse(query, buffer[: len(part)].copy_(part), scale, normalize)
+            for part in key.split(WIDENED)
+        ]
+        return torch.stack(parts).logsumexp(0)
     arguments = (query, key, scale, query_ids, key_ids, normalize)
     if not needs_grad(key) and (needs_grad(query) or needs_grad(scale)):
         lse: Tensor = ops.similarity_lse_mean(*arguments)[0]

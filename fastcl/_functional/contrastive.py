@@ -16,6 +16,7 @@ from fastcl._functional._shared import (
     promoted,
     reduce,
     row_lse,
+    stays_narrow,
 )
 from fastcl.distributed import Group, Share, gather, needs_grad, share, sum_over_ranks
 from fastcl.reference._common import NORM_FLOOR, in_float
@@ -52,7 +53,8 @@ def similarity_lse(
             "similarity_lse", "query_ids", query_ids, query.shape[0], query.device
         )
         key_ids = check.integers("similarity_lse", "key_ids", key_ids, key.shape[0], key.device)
-    query, key = promoted(query, key)
+    if reduce != "rows" or query_ids is not None or not stays_narrow(query, key):
+        query, key = promoted(query, key)
     t = as_scale(scale, query)
     if reduce == "rows":
         return row_lse(query, key, t, normalize, query_ids, key_ids)
@@ -112,7 +114,10 @@ def info_nce(
     check.one_of("info_nce", "reduction", reduction, check.REDUCTIONS)
     if negatives is not None:
         _check_negatives(query, negatives)
-        query, positive, negatives = promoted(query, positive, negatives)
+        if not stays_narrow(query, negatives):
+            query, positive, negatives = promoted(query, positive, negatives)
+        else:
+            query, positive = promoted(query, positive)
     else:
         query, positive = promoted(query, positive)
     t = inverse("info_nce", temperature, query)

@@ -26,6 +26,15 @@ def option(
     return field(default=default, metadata={"help": help, "above": above, "at_least": at_least})
 
 
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_stored(name: str, value: str) -> None:
+    """Raises ValueError unless a queue or bank can be stored so."""
+    if value not in STORED:
+        raise ValueError(f"{name} must be {', '.join(STORED)}; got {value!r}")
+
+
 @dataclass(frozen=True)
 class Config:
     """The fields that every method has; each is a command-line flag."""

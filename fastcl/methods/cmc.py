@@ -26,8 +26,8 @@ import fastcl.functional as F
 from fastcl import models
 from fastcl.data.augment import Crops
 from fastcl.data.colours import CHANNELS, is_grey
+from fastcl.methods.base import STORED, Method, Progress, check_stored, option
 from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
 from fastcl.nn import MemoryBank, Partition, centred, moco_head
 
 LOSSES = ("nce", "softmax")
@@ -55,6 +55,7 @@ class Config(BaseConfig):
     )
     temperature: float = option(0.07, "τ, of the scores", above=0)
     momentum: float = option(0.5, "of the banks", at_least=0)
+    bank_dtype: str = option("fp32", "what the banks are stored in: fp32, bf16 or fp16")
     z_momentum: float = option(0.0, "of Z; 0: it stays what the first batch gave", at_least=0)
 
 
@@ -125,6 +126,7 @@ class CMC(Method):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be {' or '.join(choices)}; got {value!r}")
+        check_stored("bank_dtype", config.bank_dtype)
         if len(config.channels) < 2:
             raise ValueError("cmc compares views: channels must have two groups or more")
         if config.loss == "nce" and config.negatives == 0:
@@ -146,7 +148,9 @@ class CMC(Method):
 
     def set_images(self, images: int) -> None:
         c = self.config
-        self.banks = nn.ModuleList([MemoryBank(images, c.dim, c.momentum) for _ in self.heads])
+        dtype = STORED[c.bank_dtype]
+        banks = [MemoryBank(images, c.dim, c.momentum, dtype=dtype) for _ in self.heads]
+        self.banks = nn.ModuleList(banks)
 
     def crops(self, image_size: int) -> list[Crops]:
         return [Crops(1, image_size, self.config.crop_scale)]

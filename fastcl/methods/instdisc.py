@@ -23,8 +23,8 @@ from torch.nn.functional import normalize
 
 import fastcl.functional as F
 from fastcl.data.augment import Crops
+from fastcl.methods.base import STORED, Method, Progress, check_stored, option
 from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
 from fastcl.nn import MemoryBank, Partition, centred, moco_head
 
 LOSSES = ("nce", "softmax")
@@ -43,6 +43,7 @@ class Config(BaseConfig):
     )
     temperature: float = option(0.07, "τ, of the scores", above=0)
     momentum: float = option(0.5, "of the bank", at_least=0)
+    bank_dtype: str = option("fp32", "what the bank is stored in: fp32, bf16 or fp16")
     z_momentum: float = option(0.0, "of Z; 0: it stays what the first batch gave", at_least=0)
     proximal: float = option(0.0, "λ of the paper's λ ‖x − M_y‖²", at_least=0)
 
@@ -74,6 +75,7 @@ class InstDisc(Method):
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
+        check_stored("bank_dtype", config.bank_dtype)
         if config.loss not in LOSSES:
             raise ValueError(f"unknown loss {config.loss!r}. Losses: {', '.join(LOSSES)}")
         if config.loss == "nce" and config.negatives == 0:
@@ -83,7 +85,8 @@ class InstDisc(Method):
         self.partition = Partition(config.z_momentum)
 
     def set_images(self, images: int) -> None:
-        self.bank = MemoryBank(images, self.config.dim, self.config.momentum)
+        c = self.config
+        self.bank = MemoryBank(images, c.dim, c.momentum, dtype=STORED[c.bank_dtype])
 
     def crops(self, image_size: int) -> list[Crops]:
         return [Crops(1, image_size, self.config.crop_scale)]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
+from fastcl.methods.base import STORED, Method, Progress, check_stored, option
 from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
 from fastcl.nn import FeatureQueue, centred, moco_head, momentum_copy, split_batch_norm
 
 
@@ -33,6 +33,7 @@ class Config(BaseConfig):
     milestones: tuple[int, ...] = (120, 160)
     dim: int = option(128, "size of the embedding", at_least=1)
     queue_size: int = option(65536, "keys in the queue", at_least=1)
+    queue_dtype: str = option("fp32", "what the queue is stored in: fp32, bf16 or fp16")
     momentum: float = option(0.999, "of the key encoder")
     temperature: float = option(0.07, "of the softmax over the keys", above=0)
     bn_splits: int = option(
@@ -71,7 +72,9 @@ class MoCoV1(Method):
         head = self.make_head(self.feature_dim, config.dim)
         self.head = centred(head, config.dim) if config.centred_head else head
         self.key_encoder = momentum_copy(self.query_encoder)
-        self.queue = FeatureQueue(config.queue_size, config.dim)
+        check_stored("queue_dtype", config.queue_dtype)
+        dtype = STORED[config.queue_dtype]
+        self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype)
 
     def make_head(self, features: int, dim: int) -> nn.Module:
         return moco_head(features, dim)

@@ -32,8 +32,8 @@ from fastcl._functional._shared import reduce
 from fastcl.data.colours import CHANNELS
 from fastcl.distributed import Group, own, share, whole
 from fastcl.methods import simclr_v1
+from fastcl.methods.base import STORED, Method, Progress, check_stored, option
 from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
 from fastcl.models import selective
 from fastcl.nn import FeatureQueue, momentum_copy, simclr_head
 
@@ -51,6 +51,7 @@ class Config(simclr_v1.Config):
     head_layers: int = option(3, "layers of the head", at_least=1)
     memory: bool = option(False, "keys of a moving average, and a queue of them")
     queue_size: int = option(65536, "keys in the memory's queue", at_least=1)
+    queue_dtype: str = option("fp32", "what the queue is stored in: fp32, bf16 or fp16")
     momentum: float = option(0.999, "of the memory's moving average")
 
 
@@ -80,9 +81,11 @@ class SimCLRV2(Method):
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
         self.head = simclr_head(self.feature_dim, config.dim, config.head_layers)
+        check_stored("queue_dtype", config.queue_dtype)
         if config.memory:
             self.key_encoder = momentum_copy(self.query_encoder)
-            self.queue = FeatureQueue(config.queue_size, config.dim)
+            dtype = STORED[config.queue_dtype]
+            self.queue = FeatureQueue(config.queue_size, config.dim, dtype=dtype)
 
     @classmethod
     def build_encoder(cls, config: BaseConfig, image_size: int) -> nn.Module:
@@ -146,17 +149,18 @@ def memory_loss(
     """L of the memory, 0-dim: z (2N, D) online, unit keys (2N, D) and queue (M, D), both fixed."""
     candidates = torch.cat([whole(view, group) for view in keys.chunk(2)])  # of the whole batch
     numbers = torch.arange(len(candidates), device=z.device)
-    earlier = torch.full((len(queue),), -1, device=z.device)
     z = normalize(z, dim=1)
-    lse = F.similarity_lse(
+    batch = F.similarity_lse(
         z,
-        torch.cat((candidates.to(z.dtype), queue.to(z.dtype))),
+        candidates.to(z.dtype),
         scale=1 / temperature,
         # equal ids: the same view of the same image
         query_ids=torch.cat([own(view, group) for view in numbers.chunk(2)]),
-        key_ids=torch.cat((numbers, earlier)),
+        key_ids=numbers,
     )
-    assert isinstance(lse, Tensor)
+    earlier = F.similarity_lse(z, queue, scale=1 / temperature)
+    assert isinstance(batch, Tensor) and isinstance(earlier, Tensor)
+    lse = torch.logaddexp(batch, earlier)  # of two sums: side by side the queue would be copied
     partner = keys.to(z.dtype).roll(len(z) // 2, 0)
     losses = lse - (z * partner).sum(1) / temperature
     return 2 * reduce(losses, "mean", share(len(losses), group, z.device))

@@ -1,24 +1,20 @@
-"""How good are the features of an encoder? Weighted kNN, and a linear classifier on top.
+"""How good are the features of an encoder? Weighted kNN, a linear classifier, fine-tuning.
 
-kNN (Wu et al. 2018, arXiv:1805.01978, section 3.4): among the k training images whose cosine
-similarity s to the test image is largest, class c gets the score
-
-    score_c = Σ_{j: y_j = c} exp(s_j / τ)
-
-and the class of the largest score is the prediction.
-
-    python -m fastcl.evaluate --checkpoint runs/swav/checkpoint.pt --linear swav
+    python -m fastcl.evaluate --checkpoint runs/swav --knn paper --linear paper
     python -m fastcl.evaluate --checkpoint runs/swav --finetune quick --labels 0.01 --distill 1.0
+
+What is computed is in neighbours.py, probe.py and finetune.py; here are the features, the encoder
+of a checkpoint and the command line. Without --knn every method gets the same k and τ (20, 0.07),
+as in training; `paper` is the protocol of the method's own paper.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +27,20 @@ from fastcl.config import with_values
 from fastcl.data import DataSplits, Split, augment, load
 from fastcl.methods import METHODS
 from fastcl.methods.simclr_v2 import SimCLRV2
+from fastcl.neighbours import DEFAULT, KNN, Neighbours, knn, own_knn
+from fastcl.probe import PROTOCOLS, Protocol, linear_probe, own_protocol, probed
 
-SIMILARITIES = 1 << 24  # held at a time: 64 MB
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "features",
+    "features_and_labels",
+    "knn",
+    "knn_accuracy",
+    "linear_probe",
+    "load_encoder",
+    "restore",
+]
 
 Normalize = Callable[
     [Tensor], Tensor
@@ -85,63 +93,13 @@ def features(
     return nf.normalize(rows, dim=1)
 
 
-@torch.no_grad()
-def knn(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """The share of test rows, 0 to 1, that weighted kNN classifies right. It normalises the rows.
-
-    train_features (N, D), train_labels (N,), test_features (M, D), test_labels (M,). Exact: all M·N
-    similarities, in chunks. Of equally similar training rows the first are the neighbours, of
-    classes of equal score the first wins.
-    """
-    if not 1 <= k <= len(train_features):
-        raise ValueError(f"knn: k must be in 1 … {len(train_features)} training rows; got {k}")
-    if not temperature > 0:
-        raise ValueError(f"knn: temperature must be positive; got {temperature}")
-    classes = int(torch.cat((train_labels, test_labels)).max()) + 1
-    train, test = nf.normalize(train_features, dim=1), nf.normalize(test_features, dim=1)
-    labels = train_labels.cpu()
-    right = 0
-    rows = max(1, SIMILARITIES // len(train))
-    for part, truth in zip(torch.split(test, rows), torch.split(test_labels.cpu(), rows)):
-        similarity, neighbour = nearest(part @ train.T, k)
-        # On the CPU the order of the additions is fixed; exp((s − s_max)/τ) cannot overflow.
-        similarity = (similarity - similarity.amax(1, keepdim=True)).double().cpu()
-        score = torch.zeros(len(part), classes, dtype=torch.float64)
-        score.scatter_add_(1, labels[neighbour.cpu()], torch.exp(similarity / temperature))
-        right += int((score.argmax(1) == truth).sum())
-    return right / len(test)
-
-
-def nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, of equal ones the first: values, indices (M, k), in no order."""
-    value, index = similarity.topk(k, 1)
-    least = value[:, -1:]
-    tied = (similarity >= least).sum(1) > k  # there topk may choose any of the least
-    if tied.any():
-        s, least = similarity[tied], least[tied]
-        wanted = k - (s > least).sum(1, keepdim=True)
-        equal = s == least
-        chosen = (s > least) | (equal & (equal.cumsum(1) <= wanted))
-        index[tied] = chosen.nonzero()[:, 1].view(-1, k)
-        value[tied] = s.gather(1, index[tied])
-    return value, index
-
-
 def knn_accuracy(
     model: nn.Module,
     data: DataSplits,
     *,
     normalize: Normalize = unit_range,
-    k: int = 20,
-    temperature: float = 0.07,
+    k: int = DEFAULT.k,
+    temperature: float = DEFAULT.temperature,
     batch_size: int = 500,
     device: torch.device | str = "cpu",
 ) -> float:
@@ -153,70 +111,22 @@ def knn_accuracy(
     return knn(*train, *test, k=min(k, len(train[0])), temperature=temperature)
 
 
-def pixel_knn_accuracy(data: DataSplits, *, k: int = 20, temperature: float = 0.07) -> float:
+def pixel_knn_accuracy(
+    data: DataSplits, *, k: int = DEFAULT.k, temperature: float = DEFAULT.temperature
+) -> float:
     """The same of the images' own pixels in [0, 1]: what an encoder must beat."""
     return knn_accuracy(nn.Flatten(), data, k=k, temperature=temperature)
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How a linear classifier is trained: SGD with momentum, on features that do not change."""
-
-    lr: float
-    epochs: int
-    batch_size: int = 256
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    nesterov: bool = False
-    milestones: tuple[int, ...] | None = None  # epochs where lr falls to a tenth; None: cosine to 0
-
-
-PROTOCOLS = {
-    "moco": Protocol(lr=30.0, epochs=100, milestones=(60, 80)),  # arXiv:1911.05722, v1 and v2
-    "simclr": Protocol(lr=1.6, epochs=90, batch_size=4096, nesterov=True),  # arXiv:2002.05709, B.6
-    "swav": Protocol(lr=0.3, epochs=100, weight_decay=1e-6),  # arXiv:2006.09882
-}
-
-
-def linear_probe(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    protocol: Protocol = PROTOCOLS["moco"],
-    *,
-    seed: int = 0,
-) -> float:
-    """The share of test rows, 0 to 1, that softmax regression on the training rows gets right.
-
-    train_features (N, D), train_labels (N,), test_features (M, D), test_labels (M,), as
-    `features_and_labels` gives them. W starts at N(0, 0.01), the bias at 0.
-    Differs from the papers' protocols: the features are those of the test view, computed once,
-    where the papers crop and flip the training images anew in every epoch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    count, dim = train_features.shape
-    classes = int(torch.cat((train_labels, test_labels)).max()) + 1
-    weight = (0.01 * torch.randn(classes, dim, generator=generator)).requires_grad_()
-    bias = torch.zeros(classes, requires_grad=True)
-    p = protocol
-    optimizer = torch.optim.SGD(
-        [weight, bias], p.lr, p.momentum, weight_decay=p.weight_decay, nesterov=p.nesterov
-    )
-    for epoch in range(p.epochs):
-        if p.milestones is None:
-            factor = 0.5 * (1 + math.cos(math.pi * epoch / p.epochs))
-        else:
-            factor = 0.1 ** sum(epoch >= milestone for milestone in p.milestones)
-        optimizer.param_groups[0]["lr"] = p.lr * factor
-        for rows in torch.split(torch.randperm(count, generator=generator), p.batch_size):
-            logits = nf.linear(train_features[rows], weight, bias)
-            optimizer.zero_grad()
-            torch.autograd.backward(nf.cross_entropy(logits, train_labels[rows]))
-            optimizer.step()
-    with torch.no_grad():
-        predicted = nf.linear(test_features, weight, bias).argmax(1)
-    return float((predicted == test_labels).float().mean())
+def restore(state: dict[str, Any], image_size: int) -> nn.Module:
+    """What the method of a checkpoint of fastcl.train keeps, for images of that side in pixels."""
+    values = state["values"]
+    method = METHODS[values["method"]]
+    encoder = method.build_encoder(with_values(method.recipes["paper"], values), image_size)
+    own = method.kept + "."
+    weights = state["method"].items()
+    encoder.load_state_dict({k.removeprefix(own): v for k, v in weights if k.startswith(own)})
+    return encoder
 
 
 def load_encoder(state: dict[str, Any], data: DataSplits) -> tuple[nn.Module, Normalize]:
@@ -226,12 +136,8 @@ def load_encoder(state: dict[str, Any], data: DataSplits) -> tuple[nn.Module, No
     """
     values = state["values"]
     size = values["image_size"] or data.image_size
-    method = METHODS[values["method"]]
-    config = with_values(method.recipes["paper"], values)
-    encoder = method.build_encoder(config, size)
-    own = method.kept + "."
-    weights = state["method"].items()
-    encoder.load_state_dict({k.removeprefix(own): v for k, v in weights if k.startswith(own)})
+    config = with_values(METHODS[values["method"]].recipes["paper"], values)
+    encoder = restore(state, size)
     recipe = augment.build(
         config.augmentation,
         image_size=size,
@@ -257,17 +163,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--download", action="store_true", help="fetch the data, if torchvision can"
     )
     parser.add_argument(
-        "--k", type=int, default=20, help="neighbours (the papers' 200 at ImageNet)"
+        "--knn",
+        choices=("paper", *KNN),
+        help=f"k and τ of the method's paper, or of another's; none: {DEFAULT.k} and "
+        f"{DEFAULT.temperature}",
     )
-    parser.add_argument("--temperature", type=float, default=0.07, help="of kNN's votes")
-    parser.add_argument("--linear", choices=PROTOCOLS, help="also a linear probe, by this protocol")
+    parser.add_argument("--k", type=int, help="neighbours; none: those of --knn")
+    parser.add_argument("--temperature", type=float, help="τ of the votes; none: that of --knn")
+    parser.add_argument(
+        "--linear",
+        choices=("paper", *PROTOCOLS),
+        help="also a linear probe, by the protocol of the method's paper or of another's",
+    )
+    parser.add_argument(
+        "--views",
+        action="store_true",
+        help="the probe's training images are cropped and flipped anew in each epoch, as in the "
+        "papers; else their features are computed once",
+    )
     parser.add_argument(
         "--finetune", choices=finetune.PROTOCOLS, help="also fine-tuning, by this protocol"
     )
     parser.add_argument(
         "--labels", type=float, default=0.01, help="share of the labels to fine-tune with"
     )
-    parser.add_argument("--epochs", type=int, help="of fine-tuning; none: the protocol's")
+    parser.add_argument(
+        "--epochs", type=int, help="of the probe and of fine-tuning; none: the protocol's"
+    )
     parser.add_argument(
         "--distill",
         type=float,
@@ -300,24 +222,66 @@ def evaluate(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
     data = load(name, data_dir=data_dir, download=args.download, **columns)
     if not data.labelled:
         raise ValueError(f"data {name!r} has no labels to evaluate with")
+    if args.epochs is not None and args.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1; got {args.epochs}")
     encoder, normalize = load_encoder(state, data)
+    encoder.to(args.device)
+    options: dict[str, Any] = {"normalize": normalize, "device": args.device}
+    options["batch_size"] = args.batch_size
     train, test = (
-        features_and_labels(
-            encoder.to(args.device),
-            split,
-            normalize=normalize,
-            batch_size=args.batch_size,
-            device=args.device,
-        )
-        for split in (data.train, data.test)
+        features_and_labels(encoder, split, **options) for split in (data.train, data.test)
     )
-    yield f"kNN (k = {args.k})", knn(*train, *test, k=args.k, temperature=args.temperature)
+    votes = own_knn(values["method"]) if args.knn == "paper" else KNN.get(args.knn, DEFAULT)
+    votes = Neighbours(
+        votes.k if args.k is None else args.k,
+        votes.temperature if args.temperature is None else args.temperature,
+    )
+    yield (
+        f"kNN (k = {votes.k})",
+        knn(*train, *test, k=votes.k, temperature=votes.temperature),
+    )
     if args.linear:
-        yield f"linear ({args.linear})", linear_probe(*train, *test, PROTOCOLS[args.linear])
+        own_name = own_protocol(values["method"], values["backbone"], values.get("width", 1))
+        name = own_name if args.linear == "paper" else args.linear
+        protocol = dataclasses.replace(
+            PROTOCOLS[name], epochs=args.epochs or PROTOCOLS[name].epochs
+        )
+        model = probed(encoder, protocol)
+        if model is not encoder:
+            train, test = (
+                features_and_labels(model, split, **options) for split in (data.train, data.test)
+            )
+        rows = views_of(model, data, normalize, args) if args.views else train[0]
+        yield f"linear ({name})", linear_probe(rows, train[1], *test, protocol, seed=args.seed)
     if args.finetune:
         yield from fine_tuned(args, state, data)
     elif args.distill is not None:
         raise ValueError("--distill needs --finetune: the fine-tuned network is the teacher")
+
+
+def views_of(
+    model: nn.Module, data: DataSplits, normalize: Normalize, args: argparse.Namespace
+) -> Callable[[int], Tensor]:
+    """Epoch -> features (N, D) of the training images, cropped and flipped anew."""
+    images, _ = finetune.gather(data.train)
+    generator = torch.Generator().manual_seed(args.seed)
+    least = smallest_crop(data)
+    model.eval()
+
+    @torch.no_grad()
+    def features(epoch: int) -> Tensor:
+        rows = [
+            model(finetune.crop_and_flip(normalize(part.to(args.device)), generator, least)).cpu()
+            for part in images.split(args.batch_size)
+        ]
+        return torch.cat(rows).float()
+
+    return features
+
+
+def smallest_crop(data: DataSplits) -> float:
+    """The least share of an image in a training crop: ImageNet's, more of small images."""
+    return 0.3 if data.image_size <= 64 else 0.08
 
 
 def fine_tuned(
@@ -326,8 +290,6 @@ def fine_tuned(
     """Yields (what, accuracy) of fine-tuning, and of the student where there is one."""
     if args.distill is not None and not args.distill > 0:
         raise ValueError(f"--distill: the temperature must be positive; got {args.distill}")
-    if args.epochs is not None and args.epochs < 1:
-        raise ValueError(f"--epochs must be at least 1; got {args.epochs}")
     protocol = finetune.PROTOCOLS[args.finetune]
     few = args.labels < 0.1
     epochs = args.epochs or (protocol.few_epochs if few else protocol.epochs)
@@ -337,7 +299,7 @@ def fine_tuned(
     images, labels = finetune.gather(data.train)
     chosen = finetune.share(labels, args.labels, args.seed)
     options: dict[str, Any] = {"protocol": protocol, "epochs": epochs, "seed": args.seed}
-    options |= {"normalize": normalize, "crop": 0.3 if data.image_size <= 64 else 0.08}
+    options |= {"normalize": normalize, "crop": smallest_crop(data)}
     images, labels = images.to(args.device), labels.to(args.device)
     count = len(data.classes)
     teacher = finetune.finetune(

@@ -1,6 +1,9 @@
 """kNN against the official scripts, and the linear probe and command line on small data."""
 
+import argparse
+import dataclasses
 import importlib
+import math
 
 import pytest
 import torch
@@ -8,10 +11,13 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as nf
 
-from fastcl import checkpoint, evaluate, models, train
+from fastcl import checkpoint, evaluate, models, neighbours, train
 from fastcl.data import DataSplits, TensorSplit, load
-from fastcl.evaluate import PROTOCOLS, Protocol, features, knn, linear_probe, nearest
+from fastcl.evaluate import PROTOCOLS, Protocol, features, knn, linear_probe
 from fastcl.methods import METHODS
+from fastcl.neighbours import Neighbours, nearest, own_knn
+from fastcl.optim import LARS
+from fastcl.probe import LastBlocks, own_protocol, probed
 
 
 @pytest.mark.parametrize("k", [1, 10, 20, 100])
@@ -52,7 +58,7 @@ def slow_knn(x, y, x_test, y_test, k, temperature):
 @pytest.mark.parametrize("k, temperature", [(1, 0.07), (7, 0.01), (31, 0.5), (101, 0.07)])
 @pytest.mark.parametrize("held", [1 << 24, 256])
 def test_knn_matches_the_formula_in_any_chunks(monkeypatch, k, temperature, held):
-    monkeypatch.setattr(evaluate, "SIMILARITIES", held)
+    monkeypatch.setattr(neighbours, "SIMILARITIES", held)
     train, test = clusters(101, 1, spread=2.0), clusters(37, 2, spread=2.0)
     expected = slow_knn(*train, *test, k, temperature)
     assert 0.3 < expected < 1
@@ -134,10 +140,148 @@ def test_linear_probe_is_its_optimizer():
     assert linear_probe(x, y, probes, predicted, Protocol(lr=0.3, epochs=1), seed=5) < 1.0
 
 
-def test_protocols_are_the_papers():
-    assert PROTOCOLS["moco"].lr == 30 and PROTOCOLS["moco"].milestones == (60, 80)
-    assert PROTOCOLS["simclr"].lr == pytest.approx(0.1 * 4096 / 256)
-    assert PROTOCOLS["swav"].weight_decay == 1e-6
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("moco", Protocol(30.0, 100, 256, milestones=(60, 80))),
+        ("simclr", Protocol(0.1 * 4096 / 256, 90, 4096, nesterov=True, zero_init=True)),
+        ("swav", Protocol(0.3, 100, 256, weight_decay=1e-6)),
+        ("byol", Protocol(0.2 * 1024 / 256, 80, 1024, nesterov=True)),
+        ("simsiam", Protocol(0.1 * 4096 / 256, 90, 4096, larc=True)),
+        ("moco-v3", Protocol(0.1 * 1024 / 256, 90, 1024)),
+        ("moco-v3-vit", Protocol(3 * 1024 / 256, 90, 1024)),
+        ("dino", Protocol(0.001 * 1024 / 256, 100, 1024, blocks=4)),
+        ("dino-base", Protocol(0.001 * 1024 / 256, 100, 1024, patches=True)),
+        ("cpc", Protocol(0.1, 136, 2048, milestones=(80, 120))),
+        ("cmc", Protocol(30.0, 60, 256, milestones=(30, 40, 50), factor=0.2)),
+        ("cmc-wide", Protocol(50.0, 60, 256, milestones=(30, 40, 50), factor=0.2)),
+        ("cmc-alexnet", Protocol(0.1, 60, 256, milestones=(30, 40, 50), factor=0.2)),
+    ],
+)
+def test_protocols_are_the_papers(name, expected):
+    assert PROTOCOLS[name] == expected
+    assert expected.momentum == 0.9
+
+
+def test_cpc_counts_the_updates_of_imagenet():
+    """50,000, 25,000 and 10,000 of 2,048 images."""
+    epochs = [round(updates * 2048 / 1_281_167) for updates in (50_000, 75_000, 85_000)]
+    assert (*PROTOCOLS["cpc"].milestones, PROTOCOLS["cpc"].epochs) == tuple(epochs)
+
+
+def test_every_method_has_a_protocol_of_its_own_or_mocos():
+    own = {
+        "invaspread": "moco",
+        "instdisc": "moco",
+        "moco-v1": "moco",
+        "moco-v2": "moco",
+        "simclr-v1": "simclr",
+        "simclr-v2": "simclr",
+        "byol": "byol",
+        "byol-v2": "byol",
+        "cpc": "cpc",
+        "cmc": "cmc",
+        "swav": "swav",
+        "simsiam": "simsiam",
+        "moco-v3": "moco-v3",
+        "dino": "dino",
+    }
+    assert {method: own_protocol(method) for method in METHODS} == own
+    assert own_protocol("moco-v3", "vit-small-moco-v3") == "moco-v3-vit"
+    assert own_protocol("dino", "vit-base-dino") == "dino-base"
+    assert own_protocol("cmc", "resnet50", 2.0) == "cmc-wide"
+    assert own_protocol("cmc", "alexnet-bn") == "cmc-alexnet"
+
+
+def test_neighbours_are_the_papers():
+    assert own_knn("instdisc") == Neighbours(200, 0.07)
+    assert own_knn("invaspread") == own_knn("moco-v2") == Neighbours(200, 0.1)
+    assert own_knn("dino") == own_knn("swav") == Neighbours(20, 0.07)
+
+
+def by_hand(protocol, x, y, optimizer_of, schedule, seed=5):
+    """The boundary that a protocol ends with on all rows at once: an nn.Linear trained by torch."""
+    g = torch.Generator().manual_seed(seed)
+    model = nn.Linear(x.shape[1], 2)
+    with torch.no_grad():
+        model.weight.copy_(0.01 * torch.randn(2, x.shape[1], generator=g))
+        if protocol.zero_init:
+            model.weight.zero_()
+        model.bias.zero_()
+    optimizer = optimizer_of(model)
+    for epoch in range(protocol.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = protocol.lr * schedule(epoch)
+        optimizer.zero_grad()
+        nf.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("name", ["simsiam", "simclr", "cmc", "dino"])
+def test_linear_probe_follows_the_protocol(name):
+    """LARC, zeros at first, a fifth at each milestone, a cosine: torch's own steps by hand."""
+    x, y = clusters(30, 1, classes=2, spread=2.0)
+    p = PROTOCOLS[name]
+
+    def optimizer_of(model):
+        if p.larc:
+            return LARS.larc(model.named_parameters(), p.lr, momentum=0.9, weight_decay=0.0)
+        return torch.optim.SGD(model.parameters(), p.lr, 0.9, nesterov=p.nesterov)
+
+    def schedule(epoch):
+        if name == "cmc":
+            return 0.2 ** sum(epoch >= m for m in (30, 40, 50))
+        return (1 + math.cos(math.pi * epoch / p.epochs)) / 2
+
+    model = by_hand(p, x, y, optimizer_of, schedule)
+    g = torch.Generator().manual_seed(6)
+    probes = torch.randn(4000, 12, generator=g) * 3
+    logits = model(probes) @ torch.tensor([1.0, -1.0])
+    order = logits.abs().argsort()
+    near, nearest_ones = order[20:1020], order[:20]
+    predicted = (logits < 0).long()
+    assert linear_probe(x, y, probes[near], predicted[near], p, seed=5) == 1.0
+    other = dataclasses.replace(p, lr=p.lr / 3, epochs=p.epochs // 2)
+    assert linear_probe(x, y, probes[order[:1020]], predicted[order[:1020]], other, seed=5) < 1.0
+    assert len(nearest_ones) == 20
+
+
+def test_linear_probe_takes_other_views_in_each_epoch():
+    train, test = clusters(60, 1), clusters(60, 2)
+    asked = []
+
+    def views(epoch):
+        asked.append(epoch)
+        return train[0] + 0.1 * epoch
+
+    protocol = Protocol(lr=0.5, epochs=4, batch_size=64)
+    linear_probe(views, train[1], *test, protocol)
+    assert asked == [0, 1, 2, 3]
+    fixed = linear_probe(lambda epoch: train[0], train[1], *test, protocol)
+    assert fixed == linear_probe(*train, *test, protocol)
+
+
+def test_last_blocks_are_dinos():
+    """timm's own intermediate tokens, each after the last norm; tiny-vit has means for a class."""
+    vit = models.build("vit-tiny-dino", image_size=32).eval()
+    images = torch.rand(2, 3, 32, 32)
+    layers = vit.get_intermediate_layers(images, n=4, return_prefix_tokens=True, norm=True)
+    own = torch.cat([prefix[:, 0] for _, prefix in layers], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(probed(vit, PROTOCOLS["dino"])(images), own)
+        patches, prefix = layers[-1]
+        both = torch.cat([prefix[:, 0], patches.mean(1)], 1)
+        torch.testing.assert_close(probed(vit, PROTOCOLS["dino-base"])(images), both)
+        torch.testing.assert_close(LastBlocks(vit, 1)(images), vit(images))
+        tiny = models.build("tiny-vit", image_size=16).eval()
+        four = LastBlocks(tiny, 4)(images)
+        assert four.shape == (2, 4 * 96)
+        torch.testing.assert_close(four[:, -96:], tiny(images))
+    resnet = models.build("tiny-resnet", image_size=16)
+    assert probed(resnet, PROTOCOLS["dino"]) is resnet
+    assert probed(vit, PROTOCOLS["swav"]) is vit
+    assert not any(block._forward_hooks for block in vit.blocks)
 
 
 # The command line
@@ -167,6 +311,29 @@ def test_command_prints_the_accuracies(run, capsys):
     code = evaluate.main(["--checkpoint", str(run), "--k", "3", "--linear", "swav"])
     out = capsys.readouterr().out
     assert code == 0 and out == "kNN (k = 3): 100.00%\nlinear (swav): 100.00%\n"
+
+
+def test_command_takes_the_papers_protocol(run, capsys, monkeypatch):
+    monkeypatch.setitem(neighbours.KNN, "moco", Neighbours(5, 0.1))  # 12 training images
+    flags = "--knn paper --linear paper --views --epochs 3"
+    assert evaluate.main(["--checkpoint", str(run), *flags.split()]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "kNN (k = 5): 100.00%" and second.startswith("linear (moco): ")
+    assert evaluate.main(["--checkpoint", str(run), "--knn", "moco", "--k", "2"]) == 0
+    assert capsys.readouterr().out == "kNN (k = 2): 100.00%\n"
+
+
+def test_views_are_cropped_anew_and_not_trained_on(run):
+    """Features of other crops in each epoch, by an encoder in eval mode."""
+    state = checkpoint.load(run / "checkpoint.pt")
+    data = load("folder", data_dir=run / "data")
+    encoder, normalize = evaluate.load_encoder(state, data)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    args = argparse.Namespace(seed=0, device="cpu", batch_size=5)
+    views = evaluate.views_of(encoder, data, lambda x: normalize(x) * torch.rand(16), args)
+    first, second = views(0), views(1)
+    assert first.shape == (12, 128) and (first - second).abs().max() > 1e-3
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_command_fine_tunes_and_distils(run, capsys):

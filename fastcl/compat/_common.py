@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastcl.functional as F
 from fastcl.compat._patch import PATCHABLE, original
 
+ODD = "these inputs are not ones that a kernel takes"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -111,6 +112,12 @@ def world_size() -> int:
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
+
+
+def check_distributed(name: str, wanted: bool) -> None:
+    """lightly's error, in its words."""
+    if wanted and not torch.distributed.is_available():
+        raise ValueError(f"{name} is True but torch.distributed is not available.")
 
 
 # ---- the library's own code ----------------------------------------------------------------------

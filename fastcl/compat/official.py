@@ -13,7 +13,8 @@ That code is scripts, not packages, so these are functions to call where it comp
     cmc             loss_l, loss_ab, Z_l, Z_ab = cmc_loss(l, ab, memory_l, memory_ab, idx, …)
 
 Shapes, scales and orders are the official ones; each docstring says which. The clone of MoCo's
-queue is no longer needed: nothing reads the queue after the loss is computed.
+queue is no longer needed: nothing reads the queue after the loss is computed. Where the official
+code goes across processes, `group` says which: torch.distributed.group.WORLD for all of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import fastcl.functional as F
 from fastcl.compat._common import against, as_scalar, as_their_dtype, in_float, paired_dot, row_lse
+from fastcl.distributed import Group
 
 __all__ = [
     "DINOLoss",
@@ -81,31 +83,39 @@ def moco_momentum_update_(encoder_q: nn.Module, encoder_k: nn.Module, m: float =
     F.ema_update_(encoder_k, encoder_q, momentum=m)
 
 
-def moco_v3_loss(q: Tensor, k: Tensor, T: float = 1.0) -> Tensor:
+def moco_v3_loss(q: Tensor, k: Tensor, T: float = 1.0, *, group: Group | None = None) -> Tensor:
     """MoCo v3's contrastive_loss: in-batch InfoNCE of normalised rows, times 2 T.
 
-    q, k (N, D); no gradient to k, which comes from the momentum encoder. One direction, one
-    process. Source: Chen et al. 2021, arXiv:2104.02057; facebookresearch/moco-v3, moco/builder.py.
+    q, k (N, D); no gradient to k, which comes from the momentum encoder. One direction; with a
+    group, against the keys of all its processes.
+    Source: Chen et al. 2021, arXiv:2104.02057; facebookresearch/moco-v3, moco/builder.py.
     """
-    loss = F.info_nce(q, k.detach(), temperature=T)
+    loss = F.info_nce(q, k.detach(), temperature=T, group=group)
     return as_their_dtype(loss * (2 * T), q, k)
 
 
 # ---- SimCLR --------------------------------------------------------------------------------------
 
 
-def simclr_loss(hidden: Tensor, hidden_norm: bool = True, temperature: float = 1.0) -> Tensor:
+def simclr_loss(
+    hidden: Tensor,
+    hidden_norm: bool = True,
+    temperature: float = 1.0,
+    *,
+    group: Group | None = None,
+) -> Tensor:
     """SimCLR's add_contrastive_loss: NT-Xent, the sum of both views' means.
 
     hidden (2 N, D): first views, then second. Twice the paper's mean over 2 N rows.
-    hidden_norm: rows · rsqrt(max(Σ h², 1e-12)). Returns the loss only.
+    hidden_norm: rows · rsqrt(max(Σ h², 1e-12)). Returns the loss only. With a group, what
+    `strategy` does there: the candidates are all its processes'.
     Source: Chen et al. 2020, arXiv:2002.05709; google-research/simclr, objective.py.
     """
     z = in_float(hidden)
     if hidden_norm:
         z = z * z.square().sum(1, keepdim=True).clamp_min(1e-12).rsqrt()
     z0, z1 = z.chunk(2)
-    loss = F.nt_xent(z0, z1, temperature=temperature, normalize=False)
+    loss = F.nt_xent(z0, z1, temperature=temperature, normalize=False, group=group)
     return as_their_dtype(2 * loss, hidden)
 
 
@@ -114,13 +124,19 @@ def simclr_loss(hidden: Tensor, hidden_norm: bool = True, temperature: float = 1
 
 @torch.no_grad()
 def swav_distributed_sinkhorn(
-    out: Tensor, epsilon: float = 0.05, sinkhorn_iterations: int = 3
+    out: Tensor,
+    epsilon: float = 0.05,
+    sinkhorn_iterations: int = 3,
+    *,
+    group: Group | None = None,
 ) -> Tensor:
-    """SwAV's distributed_sinkhorn of one process: scores (B, K) -> codes (B, K), rows sum to 1.
+    """SwAV's distributed_sinkhorn: scores (B, K) -> codes (B, K), rows sum to 1.
 
+    With a group, balanced over the rows of all its processes; else over this one's.
     Safe for any scores, where the official exp(out / epsilon) overflows.
     """
-    return F.sinkhorn(out, epsilon=epsilon, iterations=sinkhorn_iterations).to(out.dtype)
+    codes = F.sinkhorn(out, epsilon=epsilon, iterations=sinkhorn_iterations, group=group)
+    return codes.to(out.dtype)
 
 
 def swav_loss(
@@ -132,12 +148,15 @@ def swav_loss(
     epsilon: float = 0.05,
     sinkhorn_iterations: int = 3,
     queue_scores: Sequence[Tensor] | None = None,
+    *,
+    group: Group | None = None,
 ) -> Tensor:
     """The loss of SwAV's training loop.
 
     output (crops · bs, K): the scores of all crops, crop by crop; queue_scores: of the queue's
     features, (L, K) per crop of crops_for_assign, placed before the batch. Mean over the crops that
-    assign and over the crops that predict them. No gradient to the codes. Returns ().
+    assign and over the crops that predict them. No gradient to the codes. Returns (). With a group
+    the codes are balanced over all its processes' rows.
     Source: Caron et al. 2020, arXiv:2006.09882; facebookresearch/swav, main_swav.py.
     """
     crops = output.split(bs)
@@ -152,7 +171,9 @@ def swav_loss(
         scores = crops[crop].detach()
         if queue_scores is not None:
             scores = torch.cat((queue_scores[i].detach().to(scores.dtype), scores))
-        codes = F.sinkhorn(scores, epsilon=epsilon, iterations=sinkhorn_iterations)[-bs:]
+        codes = F.sinkhorn(scores, epsilon=epsilon, iterations=sinkhorn_iterations, group=group)[
+            -bs:
+        ]
         for v in range(len(crops)):
             if v != crop:  # the loss is linear in the codes: one cross entropy per crop
                 had = targets[v]

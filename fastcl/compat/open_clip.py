@@ -3,8 +3,13 @@
     from fastcl.compat.open_clip import ClipLoss        or fastcl.compat.patch("open_clip")
 
 Features are taken as they are: open_clip normalises them in the model. open_clip need not be
-installed, except for more than one process: ClipLoss then runs open_clip's own code, SigLipLoss
-exchanges texts by open_clip's own code and computes each block here.
+installed, except for inputs that no kernel takes and for Horovod.
+
+With world_size > 1, which must be torch.distributed's, each process computes its own rows' share
+and no matrix of all pairs, whatever `local_loss` and `dist_impl` say: those choose what is
+returned and who gets gradients, as documented below. Differs from open_clip: a process's gradient
+of logit_scale is its share of the whole batch's, where open_clip's is that of its own loss; their
+mean over processes, which DistributedDataParallel takes, is the same.
 Source: https://github.com/mlfoundations/open_clip, src/open_clip/loss.py.
 """
 
@@ -15,6 +20,7 @@ from torch import Tensor, nn
 
 import fastcl.functional as F
 from fastcl.compat._common import (
+    ODD,
     against,
     as_scalar,
     as_their_dtype,
@@ -25,12 +31,12 @@ from fastcl.compat._common import (
     paired_dot,
     pairs,
 )
+from fastcl.distributed import Ring
 
 __all__ = ["ClipLoss", "SigLipLoss"]
 
 CLIP = "open_clip.loss:ClipLoss"
 SIGLIP = "open_clip.loss:SigLipLoss"
-ODD = "these inputs are not ones that a kernel takes"
 
 
 class ClipLoss(nn.Module):
@@ -42,8 +48,13 @@ class ClipLoss(nn.Module):
     image_features, text_features (N, D); logit_scale, already exponentiated, a float or a tensor
     that may need a gradient. Returns (), or {"contrastive_loss": ()} with output_dict.
     A scalar bias changes nothing, and gets the gradient 0. `get_logits` and `get_ground_truth` are
-    here for subclasses; where a subclass overrides one, or with a bias that is not a scalar, or
-    with world_size > 1, the logits are materialised.
+    here for subclasses; where a subclass overrides one, or with a bias that is not a scalar, the
+    logits are materialised.
+
+    With several processes, as in open_clip: the mean over this process's rows with `local_loss`,
+    else over all rows. Features get the gradient of all processes' losses with `gather_with_grad`;
+    without it, with `local_loss`, of this process's loss through its queries only, else of the
+    whole batch's loss, once: a world_size-th of the other's (open_clip#616).
     """
 
     def __init__(
@@ -108,6 +119,8 @@ class ClipLoss(nn.Module):
         if why:
             theirs = fall_back(self, CLIP, why)
             loss = theirs(image_features, text_features, logit_scale, logit_bias)
+        elif self.world_size > 1:
+            loss = self._across(image_features, text_features, logit_scale, logit_bias)
         else:
             loss = self._fused(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -125,20 +138,82 @@ class ClipLoss(nn.Module):
             image, text, scale=t, query_ids=pair, key_ids=pair, reduce="both"
         )
         loss = against(torch.stack((rows, columns)), t * paired_dot(image, text)).mean()
-        if isinstance(logit_bias, Tensor):
-            loss = loss + 0 * logit_bias.sum()
-        return as_their_dtype(loss, image, text)
+        return as_their_dtype(with_bias(loss, logit_bias), image, text)
+
+    def _across(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+    ) -> Tensor:
+        """The rows of this process, all processes' columns."""
+        rows = len(image) * (1 if self.local_loss else self.world_size)
+        self.get_ground_truth(image.device, rows)  # for its cache alone
+        t = as_scalar(logit_scale)
+        if self.local_loss and not self.gather_with_grad:
+            loss = (one_way(image, text, t) + one_way(text, image, t)) / 2
+        else:
+            share = 1.0 if self.gather_with_grad else 1.0 / self.world_size
+            loss = F.clip(
+                with_gradient_times(share, image),
+                with_gradient_times(share, text),
+                logit_scale=t,
+                normalize=False,
+                group=torch.distributed.group.WORLD,
+            )
+        if not self.local_loss:  # everybody's mean, with the gradient of this process's part
+            mean = loss.detach().clone()
+            torch.distributed.all_reduce(mean)
+            loss = loss + (mean / self.world_size - loss.detach())
+        return as_their_dtype(with_bias(loss, logit_bias), image, text)
 
     def _cannot_fuse(
         self, image: Tensor, text: Tensor, scale: float | Tensor, bias: float | Tensor | None
     ) -> str | None:
-        if self.world_size > 1:
-            return "world_size > 1"
+        if self.world_size > 1 and (self.use_horovod or not is_the_world(self)):
+            return "world_size > 1 without torch.distributed"
         own = (ClipLoss.get_logits, ClipLoss.get_ground_truth)
         if (type(self).get_logits, type(self).get_ground_truth) != own:
             return "a subclass has its own logits or labels"
         scalars = is_scalar(scale) and (bias is None or is_scalar(bias))
+        if self.world_size > 1:
+            scalars = scalars and is_positive(scale)
         return None if scalars and pairs(image, text) else ODD
+
+
+def one_way(query: Tensor, key: Tensor, t: float | Tensor) -> Tensor:
+    """Mean cross entropy of this process's queries against all processes' keys, as constants."""
+    inverse = 1.0 / t
+    return F.info_nce(
+        query,
+        key.detach(),
+        temperature=inverse,
+        normalize=False,
+        group=torch.distributed.group.WORLD,
+    )
+
+
+def with_gradient_times(share: float, x: Tensor) -> Tensor:
+    """x itself; what flows back to it is multiplied by `share`."""
+    if share == 1.0 or not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    alias = x.view_as(x)
+    alias.register_hook(lambda grad: grad * share)
+    return alias
+
+
+def with_bias(loss: Tensor, bias: float | Tensor | None) -> Tensor:
+    """The loss, which a bias does not change: its gradient is 0."""
+    return loss + 0 * bias.sum() if isinstance(bias, Tensor) else loss
+
+
+def is_the_world(loss: ClipLoss | SigLipLoss) -> bool:
+    """Whether the rank and world_size that a loss was told are torch.distributed's."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return (loss.rank, loss.world_size) == (distributed.get_rank(), distributed.get_world_size())
 
 
 class SigLipLoss(nn.Module):
@@ -149,6 +224,9 @@ class SigLipLoss(nn.Module):
 
     image_features, text_features (N, D); logit_scale and logit_bias scalars (the bias may be
     None), which may need gradients. Returns (), or {"contrastive_loss": ()} with output_dict.
+
+    With several processes, this one's images against everybody's texts: gathered for
+    dist_impl="gather" and "reduce", sent round for "bidir" (the default) and "shift".
     """
 
     def __init__(
@@ -210,6 +288,25 @@ class SigLipLoss(nn.Module):
             loss = loss + (t * paired_dot(image, text) + b).mean()
         return as_their_dtype(loss, image_features, text_features)
 
+    def _across(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+    ) -> Tensor:
+        """The images of this process, all processes' texts."""
+        world = torch.distributed.group.WORLD
+        loss = F.siglip(
+            image,
+            text,
+            logit_scale=as_scalar(logit_scale),
+            logit_bias=0.0 if logit_bias is None else as_scalar(logit_bias),
+            normalize=False,
+            group=Ring(world) if self.dist_impl in ("bidir", "shift") else world,
+        )
+        return as_their_dtype(loss, image, text)
+
     def _fusable(
         self, image: Tensor, text: Tensor, scale: float | Tensor, bias: float | Tensor | None
     ) -> bool:
@@ -227,9 +324,13 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        if self.world_size > 1:  # its exchange between processes calls our _loss
+        features = (image_features, text_features)
+        fused = self._fusable(*features, logit_scale, logit_bias) and is_the_world(self)
+        if self.world_size > 1 and fused:
+            loss = self._across(image_features, text_features, logit_scale, logit_bias)
+        elif self.world_size > 1:  # its exchange between processes calls our _loss
             exchange = fall_back(self, SIGLIP, "world_size > 1 exchanges texts")
-            loss: Tensor = exchange(image_features, text_features, logit_scale, logit_bias)
+            loss = exchange(image_features, text_features, logit_scale, logit_bias)
         else:
             loss = self._loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss

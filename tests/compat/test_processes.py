@@ -1,4 +1,4 @@
-"""Two processes: what is left to the libraries' own code, and what is not, gives their results."""
+"""Two processes: the losses that gather give the libraries' results, without their own code."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def work(rank: int, folder: str) -> None:
     from lightly import loss as lightly
     from open_clip import loss as open_clip
 
+    from fastcl.compat import _common, official
     from fastcl.compat import lightly as our_lightly
     from fastcl.compat import open_clip as our_open_clip
 
@@ -29,7 +30,10 @@ def work(rank: int, folder: str) -> None:
     )
 
     def compare(name, module, ours, *options, inputs=2, steps=1, **named):
-        """Loss, gradients and buffers of a class of theirs and of ours over some steps."""
+        """Loss, gradients and buffers of a class of theirs and of ours over some steps.
+
+        Of scalars (scale and bias) the gradients' mean, which is what DDP makes of them.
+        """
         losses = [getattr(m, name)(*options, **named) for m in (module, ours)]
         for theirs, mine in zip(losses[0].buffers(), losses[1].buffers()):
             mine.copy_(theirs)
@@ -41,10 +45,12 @@ def work(rank: int, folder: str) -> None:
                 leaves += [torch.tensor(x).requires_grad_() for x in (3.0, -1.0)[: inputs - 2]]
                 value = loss(*leaves)
                 value.backward()
+                for x in leaves[2:]:
+                    torch.distributed.all_reduce(x.grad)
                 results.append([value, *(x.grad for x in leaves), *loss.buffers()])
             torch.testing.assert_close(*results, msg=lambda m: f"{name}{options}{named}: {m}")
 
-    for name in ("NTXentLoss", "DCLLoss"):
+    for name in ("NTXentLoss", "DCLLoss", "DCLWLoss"):
         compare(name, lightly, our_lightly, 0.3, gather_distributed=True)
     compare("NTXentLoss", lightly, our_lightly, 0.3, (20, 5), True, steps=4)
     compare("NTXentLoss", lightly, our_lightly, 0.3, (20, 5), False, steps=4)
@@ -65,6 +71,39 @@ def work(rank: int, folder: str) -> None:
             compare("ClipLoss", open_clip, our_open_clip, local, grad, inputs=3, **world)
     for way in ("bidir", "shift", "reduce", "gather"):
         compare("SigLipLoss", open_clip, our_open_clip, inputs=4, dist_impl=way, **world)
+    assert _common.say_once.cache_info().currsize == 0, "a library's own code ran"
+
+    compare("NTXentLoss", lightly, our_lightly, -0.3, gather_distributed=True)
+    assert _common.say_once.cache_info().currsize == 1
+
+    group = torch.distributed.group.WORLD
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(2, 10, 4, generator=generator)  # two views of ten images
+    mine = whole[:, 5 * rank : 5 * rank + 5]
+    for name, one, all_of_them in (
+        (
+            "moco-v3",
+            official.moco_v3_loss(*mine, 0.4, group=group),
+            official.moco_v3_loss(*whole, 0.4),
+        ),
+        (
+            "simclr",
+            official.simclr_loss(mine.flatten(0, 1), group=group),
+            official.simclr_loss(whole.flatten(0, 1)),
+        ),
+        (
+            "swav",
+            official.swav_loss(mine.flatten(0, 1), 5, group=group),
+            official.swav_loss(whole.flatten(0, 1), 10),
+        ),
+    ):
+        torch.distributed.all_reduce(one)
+        torch.testing.assert_close(
+            one / WORLD, all_of_them, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    codes = official.swav_distributed_sinkhorn(mine[0], group=group)
+    expected = official.swav_distributed_sinkhorn(whole[0])[5 * rank : 5 * rank + 5]
+    torch.testing.assert_close(codes, expected)
     torch.distributed.destroy_process_group()  # before the exit, which can abort its threads
     Path(folder, f"done{rank}").touch()
 

@@ -51,11 +51,22 @@ class Run:
     seed: int = option(0, "of weights, data order and augmentation", at_least=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
     precision: str = option("fp32", "fp32, bf16 or fp16: what the encoder computes in")
+    channels_last: bool = option(False, "images and encoder with the channels innermost")
+    compile: bool = option(False, "torch.compile the encoder for training")
+    micro_batch: int = option(
+        0,
+        "crops that the encoder takes at once, to save memory; the loss stays that of the whole "
+        "batch. 0: all",
+        at_least=0,
+    )
     workers: int = option(1, "threads (or processes, for files) that prepare batches", at_least=0)
     eval_every: int = option(
         10, "epochs between kNN evaluations; 0: only first and last", at_least=0
     )
     checkpoint_every: int = option(1, "epochs between checkpoints", at_least=1)
+    checkpoint_steps: int = option(
+        0, "steps between further checkpoints, within epochs; 0: none", at_least=0
+    )
     keep_every: int = option(
         0, "epochs between checkpoints kept for good, checkpoint-epochN.pt; 0: none", at_least=0
     )
@@ -66,8 +77,9 @@ class Run:
 
 WATCHING = {  # flags of a Run that are about what it writes
     *("output", "eval_every", "log_every", "report", "tensorboard"),
-    *("checkpoint_every", "keep_every"),
+    *("checkpoint_every", "checkpoint_steps", "keep_every"),
 }
+SPEED = {"precision", "channels_last", "compile", "micro_batch", "workers"}  # flags of a Run, too
 OPTIMISATION = {  # flags of every Config that are about the optimizer
     *("epochs", "batch_size", "optimizer", "lr", "sgd_momentum", "weight_decay", "schedule"),
     *("warmup_epochs", "start_lr", "final_lr", "milestones", "factors"),
@@ -193,7 +205,8 @@ def _parser(method: str, recipe: str, base: Config) -> _Parser:
     parser.add_argument("--print-config", action="store_true", help="print the values and stop")
     shared = fields_of(Config)
     groups = (
-        ("the run", Run(), fields_of(Run) - WATCHING),
+        ("the run", Run(), fields_of(Run) - WATCHING - SPEED),
+        ("speed and memory", Run(), SPEED),
         ("what it writes, and how often", Run(), WATCHING),
         ("encoder and views", base, shared - OPTIMISATION),
         ("optimisation", base, OPTIMISATION),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcl.checkpoint import replace_text
+
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
 
@@ -27,7 +29,7 @@ class Metrics:
         kept: list[str] = []
         if resume_at is not None and path.exists():
             kept = [row for row in path.read_text().splitlines() if _step_of(row) <= resume_at]
-        path.write_text("".join(row + "\n" for row in kept))
+        replace_text(path, "".join(row + "\n" for row in kept))
         self.path = path
         self.events: Any = None
         if tensorboard:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from fastcl import checkpoint, report
+from fastcl.cached import in_chunks_
+from fastcl.compiled import CompileError, compile_
 from fastcl.config import RUNS, Request, UsageError, as_dict, parse, to_yaml
 from fastcl.data import Loader, TensorSplit, augment, load
 from fastcl.data.splits import summary as unreadable_summary
@@ -95,7 +97,12 @@ class Trainer:
         self.method = method(method.build_encoder(config, image_size), config)
         self.method.look(next(self.data.pretrain.batches(LOOKED_AT))[0])
         self.method.set_images(len(self.data.pretrain))
-        self.method.to(self.device)
+        self.method.to(self.device).to(memory_format=self._layout)
+        for encoder in self.method.encoders():
+            if run.compile:
+                compile_(encoder)
+            if run.micro_batch:
+                in_chunks_(encoder, run.micro_batch)
         self.augmentation = augment.build(
             config.augmentation,
             image_size=image_size,
@@ -138,8 +145,7 @@ class Trainer:
             if request.checkpoint != self.path:  # what was damaged or given up must not be kept
                 checkpoint.keep(request.checkpoint, checkpoint.NAME)
             self._keep()
-        values = to_yaml(as_dict(run, config))
-        (self.folder / "config.yaml").write_text(values, encoding="utf-8")
+        checkpoint.replace_text(self.folder / "config.yaml", to_yaml(as_dict(run, config)))
         self.metrics = Metrics(
             self.folder / "metrics.jsonl",
             None if request.checkpoint is None else self.step,
@@ -163,18 +169,23 @@ class Trainer:
                 self._place_loader()
                 for views, _, indices in self.loader:
                     with self.interrupt.hold():
-                        views = [view.to(self.device, non_blocking=True) for view in views]
+                        views = [self._placed(view) for view in views]
                         self._step(views, indices.to(self.device, non_blocking=True))
                         if self.step % run.log_every == 0 or self.step == self.steps:
                             self._log()
+                    between = self.step % len(self.loader) > 0  # at the end kNN comes first
+                    if between and self._steps_due():
+                        self._save()
                 self._evaluate()
                 due = self._epoch % run.checkpoint_every == 0 or self.step == self.steps
-                if due or self._copies():
+                if due or self._steps_due() or self._copies():
                     self._save()
             self._summary()
             return 0
         except KeyboardInterrupt:
             return self._interrupted()
+        except CompileError as error:
+            raise Stopped(f"{error}; go on without --compile") from None
         except OSError as error:
             reason = error.strerror or str(error)
             raise Stopped(f"cannot write to {self.folder}: {reason}; {self._kept()}") from None
@@ -220,6 +231,17 @@ class Trainer:
             milestones=config.milestones,
             factors=config.factors,
         )
+
+    def _placed(self, view: Tensor) -> Tensor:
+        return view.to(self.device, non_blocking=True, memory_format=self._layout)
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.run.channels_last else torch.preserve_format
+
+    def _steps_due(self) -> bool:
+        every = self.run.checkpoint_steps
+        return every > 0 and self.step % every == 0
 
     def _autocast(self) -> torch.autocast:
         dtype = PRECISION.get(self.run.precision)
@@ -294,8 +316,9 @@ class Trainer:
                 normalize=self.augmentation.normalize,
                 device=self.device,
             )
-        self.metrics.write(**row, knn_top1=accuracy)
-        self.knn[self.step] = accuracy
+        with self.interrupt.hold():  # a row whose number is not saved would be written again
+            self.metrics.write(**row, knn_top1=accuracy)
+            self.knn[self.step] = accuracy
         self.bar.say(f"epoch {self._epoch}: kNN {accuracy:.1%}")
         self._clock()
 

@@ -445,12 +445,14 @@ def test_help_shows_every_field_with_its_default(capsys):
         main(["--method", "moco-v2", "--recipe", "paper", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    names = {"the run", "what it writes, and how often", "encoder and views", "optimisation"}
+    names = {"the run", "speed and memory", "what it writes, and how often"}
+    names |= {"encoder and views", "optimisation"}
     groups = dict(re.findall(r"^(\w[^\n]*):\n((?: .*\n|\n(?= ))+)", text, re.MULTILINE))
     assert names | {"the method, moco-v2"} < groups.keys()
     expected = METHODS["moco-v2"].recipes["paper"]
     for group, flag, default in (
-        ("the run", "--workers INT", 1),
+        ("the run", "--data STR", "fashion"),
+        ("speed and memory", "--workers INT", 1),
         ("what it writes, and how often", "--report, --no-report", "on"),
         ("what it writes, and how often", "--keep-every INT", 0),
         ("optimisation", "--lr FLOAT", expected.lr),

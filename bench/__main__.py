@@ -37,6 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Name -> module with main(arguments), and what --help says. Each has a --help of its own.
 SUBCOMMANDS = {
     "methods": ("bench.methods", "train every method in turn: accuracy, time, memory"),
+    "byol-bn": ("bench.byol_bn", "BYOL's ablation of batch norm: which placements collapse"),
     "compat": ("bench.compat", "fastcl.compat beside the libraries' own classes"),
     "gpu-static": ("bench.gpu_static", "what bounds each Triton kernel's loop, without a GPU"),
 }

@@ -35,6 +35,23 @@ class Config(byol.Config):
     careful_init: bool = option(False, "affine maps set by the first batch where a norm is none")
 
 
+# Where batch norm sits and what may stand in for it: (encoder, projector, predictor), and careful
+# initialisation. BYOL's ablation; `python -m bench byol-bn` trains each.
+PLACEMENTS = {
+    "everywhere": ("bn", "bn", "bn", False),
+    "encoder, projector": ("bn", "bn", "none", False),
+    "encoder, predictor": ("bn", "none", "bn", False),
+    "encoder": ("bn", "none", "none", False),
+    "projector, predictor": ("none", "bn", "bn", False),
+    "projector": ("none", "bn", "none", False),
+    "predictor": ("none", "none", "bn", False),
+    "nowhere": ("none", "none", "none", False),
+    "encoder; LN in the heads": ("bn", "ln", "ln", False),
+    "nowhere; GN + WS": ("gn+ws", "gn+ws", "gn+ws", False),
+    "nowhere; careful initialisation": ("none", "none", "none", True),
+}
+
+
 class BYOLV2(byol.BYOL):
     recipes = {
         "paper": Config(),

@@ -31,6 +31,7 @@ from fastcl.data import load
 from fastcl.data.colours import CHANNELS
 from fastcl.evaluate import restore
 from fastcl.models import SMALL_IMAGE, TORCHVISION
+from fastcl.models.selective import LAYERS as SELECTIVE
 from fastcl.models.vit_dino import SIZES as DINO
 from fastcl.models.vit_moco_v3 import SIZES as MOCO_V3
 
@@ -80,7 +81,8 @@ def _plain(values: dict[str, Any], size: int, library: str) -> str:
     reasons = {
         f"{values['method']}'s encoder is not one network": values["method"] in ("cmc", "cpc"),
         f"its norms are {values.get('encoder_norm')}": values.get("encoder_norm", "bn") != "bn",
-        "it has selective kernels": values.get("sk_ratio", 0) > 0,
+        "SimCLR v2's ResNets have names of their own": values["method"] == "simclr-v2"
+        and name in SELECTIVE,
         f"its width is {values.get('width')}": values.get("width", 1) != 1,
         f"it takes {values['colours']} images": CHANNELS[values["colours"]] != 3,
         f"for images of at most {SMALL_IMAGE} pixels its stem is another": name in TORCHVISION

@@ -153,6 +153,7 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path, capsys, monke
             "torchvision's ResNets are",
         ),
         ("byol-v2", "paper", {"backbone": "resnet18"}, "timm", r"its norms are gn+ws"),
+        ("simclr-v2", "paper", {}, "timm", "SimCLR v2's ResNets have names of their own"),
         (
             "simclr-v1",
             "paper",

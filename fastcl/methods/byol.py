@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
-from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
+from fastcl.methods import multi_crop
+from fastcl.methods.base import Progress, option
+from fastcl.methods.multi_crop import LARGE, mean_over_pairs
 from fastcl.nn import byol_mlp, momentum_copy
 from fastcl.optim import cosine
 
@@ -28,7 +29,7 @@ NORM_FLOOR = 1e-6  # of p and z: the code floors the squared norm at 1e-12
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(multi_crop.Config):
     augmentation: str = "byol"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     epochs: int = 1000
@@ -45,7 +46,7 @@ class Config(BaseConfig):
     predictor_norm: str = option("bn", "normalisation in the predictor: bn, ln or none")
 
 
-class BYOL(Method):
+class BYOL(multi_crop.MultiCrop):
     recipes = {
         "paper": Config(),
         "quick": Config(
@@ -80,13 +81,12 @@ class BYOL(Method):
         return nn.Sequential(self.encoder, self.projector)
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
-        z1, z2 = (self.online(view) for view in views)  # (N, D) each
-        self.embedding = normalize(z1.detach(), dim=1)
+        z = [self.online(view) for view in views]  # (N, D) each
+        self.embedding = normalize(z[0].detach(), dim=1)
         with torch.no_grad():
-            target1, target2 = (self.target(view) for view in views)
-        return self.regression(self.predictor(z1), target2) + self.regression(
-            self.predictor(z2), target1
-        )
+            target = [self.target(view) for view in views[:LARGE]]
+        p = [self.predictor(z_v) for z_v in z]
+        return 2 * mean_over_pairs(lambda i, v: self.regression(p[v], target[i]), len(views))
 
     def regression(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The mean squared distance of the unit vectors of two (N, D), from 0 to 4."""

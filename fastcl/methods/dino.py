@@ -24,20 +24,20 @@ from torch.nn.functional import normalize
 
 import fastcl.functional as F
 from fastcl import models
-from fastcl.data.augment import Crops
 from fastcl.data.colours import CHANNELS
 from fastcl.distributed import average
+from fastcl.methods import multi_crop
 from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
+from fastcl.methods.base import Progress, option
+from fastcl.methods.multi_crop import LARGE
 from fastcl.nn import DINOHead, momentum_copy
 from fastcl.optim import clip_each_, cosine
 
-LARGE = 2  # crops that the teacher sees
 CLIPS = ("each", "global")
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(multi_crop.Config):
     backbone: str = "vit-small-dino"
     augmentation: str = "dino"
     crop_scale: tuple[float, float] = (0.4, 1.0)  # 0.14 to 1 without small crops
@@ -51,11 +51,8 @@ class Config(BaseConfig):
     final_lr: float = 1e-6
     final_weight_decay: float = option(0.4, "weight decay at the end of its cosine", at_least=0)
     drop_path: float = option(0.1, "of the student; transformers only", at_least=0)
-    small_crops: int = option(8, "small crops beside the two large ones", at_least=0)
-    small_size: int | None = option(
-        None, "side of the small crops; none: 3/7 of the large ones", at_least=4
-    )
-    small_scale: tuple[float, float] = option((0.05, 0.4), "share of the image of a small crop")
+    small_crops: int = 8
+    small_scale: tuple[float, float] = (0.05, 0.4)
     head_layers: int = option(3, "layers of the head before the last", at_least=1)
     head_norm: bool = option(False, "batch norm in the head")
     centred_head: bool = option(False, "batch norm before the unit vector, for short runs")
@@ -75,7 +72,7 @@ class Config(BaseConfig):
     clip_grad: float = option(3.0, "the largest norm; 0: gradients are not clipped", at_least=0)
 
 
-class DINO(Method):
+class DINO(multi_crop.MultiCrop):
     recipes = {
         "paper": Config(),
         "paper-resnet": Config(
@@ -174,12 +171,6 @@ class DINO(Method):
     @property
     def student(self) -> nn.Sequential:
         return nn.Sequential(self.encoder, self.head)
-
-    def crops(self, image_size: int) -> list[Crops]:
-        c = self.config
-        small = c.small_size or round(image_size * 3 / 7)  # 96 for 224
-        large = Crops(LARGE, image_size, c.crop_scale)
-        return [large, Crops(c.small_crops, small, c.small_scale)] if c.small_crops else [large]
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
         with torch.no_grad():

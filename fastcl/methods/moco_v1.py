@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
-from fastcl.methods.base import STORED, Method, Progress, check_stored, option
-from fastcl.methods.base import Config as BaseConfig
+from fastcl.methods import multi_crop
+from fastcl.methods.base import STORED, Progress, check_stored, option
+from fastcl.methods.multi_crop import LARGE
 from fastcl.nn import FeatureQueue, centred, moco_head, momentum_copy, split_batch_norm
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(multi_crop.Config):
     augmentation: str = "moco-v1"
     schedule: str = "step"
     milestones: tuple[int, ...] = (120, 160)
@@ -43,7 +44,7 @@ class Config(BaseConfig):
     symmetric: bool = option(False, "each view also as the other's key; the losses are added")
 
 
-class MoCoV1(Method):
+class MoCoV1(multi_crop.MultiCrop):
     recipes = {
         "paper": Config(),
         "quick": Config(
@@ -94,17 +95,21 @@ class MoCoV1(Method):
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
         F.ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.momentum)
-        if not self.config.symmetric:
-            self.keys = self.encode_keys(views[1])  # (N, D)
-            return self.contrast(views[0], self.keys)
-        key0, key1 = (self.encode_keys(view) for view in views)
-        self.keys = torch.cat((key0, key1))
-        return self.contrast(views[1], key0) + self.contrast(views[0], key1)
+        of = range(LARGE) if self.config.symmetric else (1,)  # the views that give keys
+        keys = {i: self.encode_keys(views[i]) for i in of}  # (N, D) each
+        self.keys = torch.cat(list(keys.values()))
+        pairs = [(i, v) for i in keys for v in range(len(views)) if v != i]
+        queries = {v: self.query(views[v]) for v in sorted({v for _, v in pairs})}
+        self.embedding = queries[0].detach()
+        losses = [self.contrast(queries[v], keys[i]) for i, v in pairs]
+        return torch.stack(losses).sum() / (len(views) - 1)  # the mean over each key's queries
 
-    def contrast(self, view: Tensor, keys: Tensor) -> Tensor:
-        """The loss, 0-dim, of view (N, 3, size, size) against its keys (N, D) and the queue."""
-        query = normalize(self.query_encoder(view), dim=1)
-        self.embedding = query.detach()
+    def query(self, view: Tensor) -> Tensor:
+        """Unit queries (N, D) of view (N, 3, size, size)."""
+        return normalize(self.query_encoder(view), dim=1)
+
+    def contrast(self, query: Tensor, keys: Tensor) -> Tensor:
+        """The loss, 0-dim, of queries (N, D) against their keys (N, D) and the queue."""
         return F.info_nce(
             query,
             keys,

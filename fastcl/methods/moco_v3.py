@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
-from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
+from fastcl.methods import multi_crop
+from fastcl.methods.base import Progress, option
+from fastcl.methods.multi_crop import LARGE, mean_over_pairs
 from fastcl.nn import moco_v3_mlp, momentum_copy
 from fastcl.optim import cosine
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(multi_crop.Config):
     zero_init_residual: bool = True
     augmentation: str = "moco-v3"
     epochs: int = 1000
@@ -51,7 +52,7 @@ class Config(BaseConfig):
     freeze_patch: bool = option(False, "a ViT's patch projection stays random, for stability")
 
 
-class MoCoV3(Method):
+class MoCoV3(multi_crop.MultiCrop):
     recipes = {
         "paper": Config(),
         "paper-vit": Config(
@@ -129,16 +130,16 @@ class MoCoV3(Method):
         return nn.Sequential(self.encoder, self.projector)
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
-        q1, q2 = (self.predictor(self.base_encoder(view)) for view in views)  # (N, D) each
+        q = [self.predictor(self.base_encoder(view)) for view in views]  # (N, D) each
         F.ema_update_(self.key_encoder, self.base_encoder, momentum=self.momentum_at(at))
         with torch.no_grad():
-            k1, k2 = (self.key_encoder(view) for view in views)
-        self.embedding = normalize(q1.detach(), dim=1)
+            k = [self.key_encoder(view) for view in views[:LARGE]]
+        self.embedding = normalize(q[0].detach(), dim=1)
         tau = self.config.temperature
-        both = [
-            F.info_nce(q, k, temperature=tau, group=self.group) for q, k in ((q1, k2), (q2, k1))
-        ]
-        return 2 * tau * (both[0] + both[1])
+        mean = mean_over_pairs(
+            lambda i, v: F.info_nce(q[v], k[i], temperature=tau, group=self.group), len(views)
+        )
+        return 2 * tau * 2 * mean
 
     def momentum_at(self, at: Progress) -> float:
         if not self.config.momentum_cosine:

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
+from fastcl.distributed import Group
+from fastcl.methods import multi_crop
 from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
+from fastcl.methods.base import Progress, option
+from fastcl.methods.multi_crop import mean_over_pairs
 from fastcl.models.selective import truncated_init_
 from fastcl.nn import simclr_head
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(multi_crop.Config):
     zero_init_residual: bool = True
     augmentation: str = "simclr-v1"
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -43,7 +46,7 @@ class Config(BaseConfig):
     )
 
 
-class SimCLRV1(Method):
+class SimCLRV1(multi_crop.MultiCrop):
     recipes = {
         "paper": Config(),
         "quick": Config(
@@ -78,10 +81,18 @@ class SimCLRV1(Method):
         return encoder
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
-        z = self.head(self.encode(views))  # (2N, D); batch norm sees both views
-        z0, z1 = z.chunk(2)
-        self.embedding = normalize(z0.detach(), dim=1)
-        return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature, group=self.group)
+        z = self.head(self.encode(views)).chunk(len(views))  # batch norm sees all views
+        self.embedding = normalize(z[0].detach(), dim=1)
+        return nt_xent(z, self.config.temperature, self.group)
 
     def collapsed_loss(self) -> float:
         return 2 * math.log(2 * self.config.batch_size - 1)
+
+
+def nt_xent(z: Sequence[Tensor], temperature: float, group: Group | None) -> Tensor:
+    """L, 0-dim, of the embeddings (N, D) of each view; of more than two: multi_crop's mean."""
+
+    def loss(i: int, v: int) -> Tensor:
+        return F.nt_xent(z[i], z[v], temperature=temperature, group=group)
+
+    return 2 * (loss(0, 1) if len(z) == 2 else mean_over_pairs(loss, len(z)))

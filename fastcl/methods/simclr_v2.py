@@ -32,8 +32,9 @@ from fastcl._functional._shared import reduce
 from fastcl.data.colours import CHANNELS
 from fastcl.distributed import Group, own, share, whole
 from fastcl.methods import simclr_v1
-from fastcl.methods.base import STORED, Method, Progress, check_stored, option
+from fastcl.methods.base import STORED, Progress, check_stored, option
 from fastcl.methods.base import Config as BaseConfig
+from fastcl.methods.multi_crop import MultiCrop
 from fastcl.models import selective
 from fastcl.nn import FeatureQueue, momentum_copy, simclr_head
 
@@ -55,7 +56,7 @@ class Config(simclr_v1.Config):
     momentum: float = option(0.999, "of the memory's moving average")
 
 
-class SimCLRV2(Method):
+class SimCLRV2(MultiCrop):
     recipes = {
         "paper": Config(),
         "quick": Config(
@@ -82,6 +83,8 @@ class SimCLRV2(Method):
         super().__init__(encoder, config)
         self.head = simclr_head(self.feature_dim, config.dim, config.head_layers)
         check_stored("queue_dtype", config.queue_dtype)
+        if config.memory and config.small_crops:
+            raise ValueError("the memory is of two crops: it takes no small_crops")
         if config.memory:
             self.key_encoder = momentum_copy(self.query_encoder)
             dtype = STORED[config.queue_dtype]
@@ -119,11 +122,10 @@ class SimCLRV2(Method):
         return nn.Sequential(self.encoder, self.head[: 3 * layer])
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
-        z = self.head(self.encode(views))  # (2N, D); batch norm sees both views
-        z0, z1 = z.chunk(2)
-        self.embedding = normalize(z0.detach(), dim=1)
+        z = self.head(self.encode(views))  # (V · N, D); batch norm sees all views
+        self.embedding = normalize(z[: len(views[0])].detach(), dim=1)
         if not self.config.memory:
-            return 2 * F.nt_xent(z0, z1, temperature=self.config.temperature, group=self.group)
+            return simclr_v1.nt_xent(z.chunk(len(views)), self.config.temperature, self.group)
         F.ema_update_(self.key_encoder, self.query_encoder, momentum=self.config.momentum)
         with torch.no_grad():
             self.keys = normalize(self.key_encoder(torch.cat(list(views))), dim=1)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
-from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
+from fastcl.methods import multi_crop
+from fastcl.methods.base import Progress, option
+from fastcl.methods.multi_crop import LARGE, mean_over_pairs
 from fastcl.nn import simsiam_predictor, simsiam_projector
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(multi_crop.Config):
     zero_init_residual: bool = True
     augmentation: str = "moco-v2"
     epochs: int = 100
@@ -33,7 +34,7 @@ class Config(BaseConfig):
     fix_predictor_lr: bool = option(True, "no schedule for the predictor's learning rate")
 
 
-class SimSiam(Method):
+class SimSiam(multi_crop.MultiCrop):
     recipes = {
         "paper": Config(),
         "quick": Config(
@@ -60,12 +61,13 @@ class SimSiam(Method):
         self.predictor = simsiam_predictor(config.dim, config.hidden)
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
-        z1, z2 = (self.projector(self.encoder(view)) for view in views)  # (N, D) each
-        p1, p2 = self.predictor(z1), self.predictor(z2)
-        z1, z2 = z1.detach(), z2.detach()
-        self.embedding = normalize(z1, dim=1)
-        both = [F.negative_cosine(p, z, group=self.group) for p, z in ((p1, z2), (p2, z1))]
-        return (both[0] + both[1]) / 2
+        z = [self.projector(self.encoder(view)) for view in views]  # (N, D) each
+        p = [self.predictor(z_v) for z_v in z]
+        target = [z_i.detach() for z_i in z[:LARGE]]
+        self.embedding = normalize(target[0], dim=1)
+        return mean_over_pairs(
+            lambda i, v: F.negative_cosine(p[v], target[i], group=self.group), len(views)
+        )
 
     def fixed_lr(self) -> Iterable[nn.Parameter]:
         return self.predictor.parameters() if self.config.fix_predictor_lr else ()

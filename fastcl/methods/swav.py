@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastcl.functional as F
-from fastcl.data.augment import Crops
-from fastcl.methods.base import Config as BaseConfig
-from fastcl.methods.base import Method, Progress, option
+from fastcl.methods import multi_crop
+from fastcl.methods.base import Progress, option
+from fastcl.methods.multi_crop import LARGE
 from fastcl.nn import FeatureQueue, Prototypes, centred, swav_head
-
-LARGE = 2  # crops whose codes are predicted
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(multi_crop.Config):
     augmentation: str = "swav"
     crop_scale: tuple[float, float] = (0.14, 1.0)
     epochs: int = 800
@@ -43,11 +41,7 @@ class Config(BaseConfig):
     warmup_epochs: float = 10.0
     start_lr: float = 0.3
     final_lr: float = 0.0048
-    small_crops: int = option(6, "small crops beside the two large ones", at_least=0)
-    small_size: int | None = option(
-        None, "side of the small crops; none: 3/7 of the large ones", at_least=4
-    )
-    small_scale: tuple[float, float] = option((0.05, 0.14), "share of the image of a small crop")
+    small_crops: int = 6
     hidden: int = option(2048, "hidden width of the head", at_least=1)
     dim: int = option(128, "size of the embedding", at_least=1)
     centred_head: bool = option(False, "batch norm after the head, for short runs")
@@ -64,7 +58,7 @@ class Config(BaseConfig):
     )
 
 
-class SwAV(Method):
+class SwAV(multi_crop.MultiCrop):
     recipes = {
         "paper": Config(),
         "quick": Config(
@@ -101,12 +95,6 @@ class SwAV(Method):
         for queue in queues:
             queue.features.zero_()  # so that an unfilled queue shows
         self.queues = nn.ModuleList(queues)
-
-    def crops(self, image_size: int) -> list[Crops]:
-        c = self.config
-        small = c.small_size or round(image_size * 3 / 7)  # 96 for 224
-        large = Crops(LARGE, image_size, c.crop_scale)
-        return [large, Crops(c.small_crops, small, c.small_scale)] if c.small_crops else [large]
 
     def loss(self, views: Sequence[Tensor], at: Progress) -> Tensor:
         self.prototypes.normalize_()

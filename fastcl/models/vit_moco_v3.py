@@ -1,6 +1,7 @@
 """MoCo v3's vision transformer: timm's blocks, fixed positions, its own initialisation.
 
-    positions    fixed: sines and cosines in two dimensions, zeros for the class token
+    positions    fixed: sines and cosines in two dimensions, zeros for the class token; bicubic for
+                 crops of another size than image_size
     class token  N(0, 10⁻⁶)
     qkv          uniform in ± √(6 / (dim + dim)), as three matrices
     patches      uniform in ± √(6 / (3 p² + dim)), as one matrix
@@ -45,6 +46,7 @@ def build(name: str, image_size: int, in_channels: int = 3, patch: int = 16) -> 
         depth=depth,
         num_heads=heads,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        dynamic_img_size=True,
     )
     initialize_(vit)
     vit.feature_dim = dim

@@ -51,7 +51,12 @@ class Loss(nn.Module):
 
 
 class InfoNCELoss(Loss):
-    """`functional.info_nce`: find the positive among in-batch, shared or own negatives."""
+    """`functional.info_nce`: find the positive among in-batch, shared or own negatives.
+
+    >>> loss = InfoNCELoss(temperature=0.2)
+    >>> loss(torch.randn(8, 4), torch.randn(8, 4), torch.randn(100, 4)).shape  # with a queue
+    torch.Size([])
+    """
 
     def __init__(
         self,
@@ -70,7 +75,14 @@ class InfoNCELoss(Loss):
 
 
 class NTXentLoss(Loss):
-    """`functional.nt_xent`: SimCLR's loss, the mean over the 2N views."""
+    """`functional.nt_xent`: SimCLR's loss, the mean over the 2N views.
+
+    >>> NTXentLoss(temperature=0.2)
+    NTXentLoss(temperature=0.2, normalize=True, reduction='mean', group=None)
+    >>> z0, z1 = torch.randn(2, 8, 4)
+    >>> torch.equal(NTXentLoss(temperature=0.2)(z0, z1), F.nt_xent(z0, z1, temperature=0.2))
+    True
+    """
 
     def __init__(
         self,
@@ -89,7 +101,11 @@ class NTXentLoss(Loss):
 
 
 class DCLLoss(Loss):
-    """`functional.dcl`: NT-Xent without the positive in the denominator."""
+    """`functional.dcl`: NT-Xent without the positive in the denominator.
+
+    >>> DCLLoss(reduction="none")(torch.randn(8, 4), torch.randn(8, 4)).shape  # both views
+    torch.Size([16])
+    """
 
     def __init__(
         self,
@@ -108,7 +124,14 @@ class DCLLoss(Loss):
 
 
 class ClipLoss(Loss):
-    """`functional.clip`: both directions between images and texts, from one pass."""
+    """`functional.clip`: both directions between images and texts, from one pass.
+
+    >>> scale = torch.nn.Parameter(torch.tensor(14.3))  # registered, and so trained
+    >>> loss = ClipLoss(logit_scale=scale)
+    >>> loss(torch.randn(8, 4), torch.randn(8, 4)).backward()
+    >>> [name for name, _ in loss.named_parameters()], scale.grad is None
+    (['logit_scale'], False)
+    """
 
     def __init__(
         self,
@@ -127,7 +150,12 @@ class ClipLoss(Loss):
 
 
 class SigLipLoss(Loss):
-    """`functional.siglip`: every pair a binary question, summed and divided by N."""
+    """`functional.siglip`: every pair a binary question, summed and divided by N.
+
+    >>> loss = SigLipLoss(logit_scale=10.0, logit_bias=-10.0)
+    >>> loss(torch.randn(8, 4), torch.randn(8, 4)).shape
+    torch.Size([])
+    """
 
     def __init__(
         self,
@@ -151,7 +179,11 @@ class SigLipLoss(Loss):
 
 
 class SupConLoss(Loss):
-    """`functional.sup_con`: rows of one label attract each other."""
+    """`functional.sup_con`: rows of one label attract each other.
+
+    >>> SupConLoss(temperature=0.1)(torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])).shape
+    torch.Size([])
+    """
 
     def __init__(
         self,
@@ -175,7 +207,11 @@ class SupConLoss(Loss):
 
 
 class InstanceSpreadLoss(Loss):
-    """`functional.instance_spread`: InvaSpread's loss over the 2N views."""
+    """`functional.instance_spread`: InvaSpread's loss over the 2N views.
+
+    >>> InstanceSpreadLoss(reduction="none")(torch.randn(8, 4), torch.randn(8, 4)).shape
+    torch.Size([16])
+    """
 
     def __init__(
         self,
@@ -201,7 +237,12 @@ class InstanceSpreadLoss(Loss):
 
 
 class NCELoss(Loss):
-    """`functional.nce`: noise-contrastive estimation on scores, the positive first."""
+    """`functional.nce`: noise-contrastive estimation on scores, the positive first.
+
+    >>> loss = NCELoss(data_size=1000, partition=1000.0)
+    >>> loss(torch.randn(8, 1 + 64)).shape
+    torch.Size([])
+    """
 
     def __init__(
         self,
@@ -224,6 +265,10 @@ class DINOLoss(Loss):
     """`functional.self_distillation`: students predict the teacher's other views.
 
     `center` (K,) is held by reference: update it in place after each step.
+
+        >>> loss = DINOLoss(center=torch.zeros(5))
+        >>> loss(torch.randn(6, 8, 5), torch.randn(2, 8, 5)).shape  # the first two
+        torch.Size([])
     """
 
     def __init__(
@@ -246,7 +291,12 @@ class DINOLoss(Loss):
 
 
 class NegativeCosineLoss(Loss):
-    """`functional.negative_cosine`: BYOL's and SimSiam's similarity; the target is not detached."""
+    """`functional.negative_cosine`: BYOL's and SimSiam's similarity; the target is not detached.
+
+    >>> p, z = torch.randn(8, 4), torch.randn(8, 4)
+    >>> bool(NegativeCosineLoss()(p, z.detach()).abs() <= 1)
+    True
+    """
 
     def __init__(
         self, *, eps: float = 1e-8, reduction: str = "mean", group: Group | None = None
@@ -264,6 +314,11 @@ class SwAVLoss(Loss):
         loss = 1/A Σ_i 1/(V − 1) Σ_{v≠i} soft_cross_entropy(s_v, q_i, temperature)
 
     Source: Caron et al. 2020, arXiv:2006.09882, equation 2 and section 3.2.
+
+        >>> scores = [torch.randn(8, 5, requires_grad=True) for _ in range(6)]  # six crops
+        >>> SwAVLoss()(scores).backward()
+        >>> scores[5].grad.shape
+        torch.Size([8, 5])
     """
 
     temperature: float | Tensor

@@ -31,6 +31,12 @@ class FeatureQueue(nn.Module):
 
     Buffers: features (size, dim), pointer int64 (1,), the row that is written next.
     Source: He et al. 2020, arXiv:1911.05722 (which stores it as (dim, size)).
+
+        >>> queue = FeatureQueue(size=6, dim=4)
+        >>> keys = torch.nn.functional.normalize(torch.randn(4, 4))
+        >>> queue.push(keys)
+        >>> torch.equal(queue.features[:4], keys), queue.pointer
+        (True, tensor([4]))
     """
 
     features: Tensor
@@ -64,6 +70,11 @@ class MemoryBank(nn.Module):
 
     Buffer: features (size, dim).
     Source: Wu et al. 2018, arXiv:1805.01978; zhirongw/lemniscate.pytorch.
+
+        >>> bank = MemoryBank(size=100, dim=4)
+        >>> bank.update(torch.tensor([7]), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+        >>> torch.allclose(bank.features[7].norm(), torch.tensor(1.0))
+        True
     """
 
     features: Tensor
@@ -124,6 +135,11 @@ class Prototypes(nn.Module):
 
     Parameter: weight (count, dim).
     Source: Caron et al. 2020 (SwAV), arXiv:2006.09882.
+
+        >>> prototypes = Prototypes(dim=4, count=10)
+        >>> prototypes.normalize_()
+        >>> prototypes(torch.randn(8, 4)).shape  # scores
+        torch.Size([8, 10])
     """
 
     def __init__(self, dim: int, count: int) -> None:
@@ -227,6 +243,10 @@ def momentum_copy(module: M) -> M:
     """A copy of module that only `fastcl.functional.ema_update_` changes: no gradients.
 
     Batch-norm buffers are copied once and then follow the copy's own forward passes.
+
+        >>> teacher = momentum_copy(torch.nn.Linear(3, 2))
+        >>> [p.requires_grad for p in teacher.parameters()]
+        [False, False]
     """
     twin = copy.deepcopy(module)
     for parameter in twin.parameters():

@@ -27,6 +27,11 @@ def soft_cross_entropy(
     Source: Hinton et al. 2015, arXiv:1503.02531; Caron et al. 2020, arXiv:2006.09882, equation 2.
     Raises ValueError or TypeError on shapes, dtypes, devices, temperature ≤ 0, targets that require
     a gradient, reduction.
+
+        >>> logits, targets = torch.randn(8, 5), torch.randn(8, 5).softmax(1)
+        >>> expected = torch.nn.functional.cross_entropy(logits / 0.1, targets)
+        >>> torch.allclose(F.soft_cross_entropy(logits, targets, temperature=0.1), expected)
+        True
     """
     check.matrices("soft_cross_entropy", logits=logits, targets=targets)
     check.not_empty("soft_cross_entropy", logits=logits)
@@ -58,6 +63,12 @@ def sinkhorn(
     group the shares are those of all ranks' samples.
     Source: Caron et al. 2020, arXiv:2006.09882, section 3.1 and appendix.
     Raises ValueError or TypeError on shapes, dtypes, epsilon ≤ 0, iterations < 1.
+
+        >>> codes = F.sinkhorn(torch.randn(12, 3), iterations=50, epsilon=0.5)
+        >>> torch.allclose(codes.sum(1), torch.ones(12))
+        True
+        >>> torch.allclose(codes.sum(0), torch.full((3,), 12 / 3), atol=1e-3)  # equal shares
+        True
     """
     check.matrices("sinkhorn", scores=scores)
     check.not_empty("sinkhorn", scores=scores)
@@ -99,6 +110,10 @@ def negative_cosine(
     Source: Chen & He 2020, arXiv:2011.10566, equation 1; Grill et al. 2020, arXiv:2006.07733,
     equation 2, is 2 + 2 × this.
     Raises ValueError or TypeError on shapes, dtypes, devices, eps ≤ 0, reduction.
+
+        >>> x = torch.randn(8, 4)
+        >>> torch.allclose(F.negative_cosine(x, 3 * x), torch.tensor(-1.0))
+        True
     """
     check.pairs("negative_cosine", prediction=prediction, target=target)
     check.scalar("negative_cosine", "eps", eps, positive=True)
@@ -127,6 +142,11 @@ def self_distillation(
     here. No tensor of pairs, and no targets, are stored. Returns nats, ().
     Source: Caron et al. 2021, arXiv:2104.14294, equation 3.
     Raises ValueError or TypeError on shapes, dtypes, devices, temperatures ≤ 0, a single view.
+
+        >>> student, teacher = torch.randn(6, 8, 5, requires_grad=True), torch.randn(2, 8, 5)
+        >>> F.self_distillation(student, teacher, center=teacher.mean((0, 1))).backward()
+        >>> student.grad.shape  # of all six views
+        torch.Size([6, 8, 5])
     """
     name = "self_distillation"
     for argument, x in (("student", student), ("teacher", teacher)):

@@ -42,6 +42,11 @@ def similarity_lse(
     Without a gradient to `key`, rows cost two passes in all; otherwise four.
     Raises ValueError or TypeError on shapes, dtypes, devices, a scale that is not finite, one
     vector of ids without the other.
+
+        >>> q, k = torch.randn(5, 3), torch.randn(7, 3)
+        >>> rows, columns = F.similarity_lse(q, k, scale=2.0, reduce="both")
+        >>> torch.allclose(rows, (2 * q @ k.T).logsumexp(1)), columns.shape
+        (True, torch.Size([7]))
     """
     check.matrices("similarity_lse", query=query, key=key)
     check.scalar("similarity_lse", "scale", scale, positive=False)
@@ -78,6 +83,10 @@ def self_similarity_lse(
     z (N, D); ids (N,): integers, pairs of equal ids are left out too. Each tile of the symmetric
     matrix is computed once. Returns (N,) in nats; nothing left in a row gives −inf.
     Raises ValueError or TypeError on shapes, dtypes, devices, a scale that is not finite.
+
+        >>> z = torch.eye(4)  # each row has three others, of similarity 0
+        >>> torch.allclose(F.self_similarity_lse(z), torch.full((4,), 3.0).log())
+        True
     """
     check.matrices("self_similarity_lse", z=z)
     check.scalar("self_similarity_lse", "scale", scale, positive=False)
@@ -109,6 +118,13 @@ def info_nce(
     Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4; He et al. 2020,
     arXiv:1911.05722, equation 1, for the queue.
     Raises ValueError or TypeError on shapes, dtypes, devices, temperature ≤ 0, reduction.
+
+        >>> q, k, queue = torch.randn(8, 4), torch.randn(8, 4), torch.randn(100, 4)
+        >>> F.info_nce(q, k).shape, F.info_nce(q, k, queue, reduction="none").shape
+        (torch.Size([]), torch.Size([8]))
+        >>> same = torch.ones(8, 4)  # cannot be told apart: the logarithm of the candidates
+        >>> torch.allclose(F.info_nce(same, same).exp(), torch.tensor(8.0))
+        True
     """
     check.pairs("info_nce", query=query, positive=positive)
     check.one_of("info_nce", "reduction", reduction, check.REDUCTIONS)
@@ -185,6 +201,13 @@ def nt_xent(
     official code sums the two halves' means: twice this), or (2N,) for reduction="none".
     Source: Chen et al. 2020, arXiv:2002.05709, equation 1.
     Raises ValueError or TypeError on shapes, dtypes, devices, temperature ≤ 0, reduction.
+
+        >>> z0 = torch.randn(8, 4, requires_grad=True)
+        >>> z1 = z0 + 0.1 * torch.randn(8, 4)
+        >>> loss = F.nt_xent(z0, z1, temperature=0.2)
+        >>> loss.backward()
+        >>> bool(loss < F.nt_xent(z0, torch.randn(8, 4), temperature=0.2)), z0.grad.shape
+        (True, torch.Size([8, 4]))
     """
     check.pairs("nt_xent", z0=z0, z1=z1)
     check.one_of("nt_xent", "reduction", reduction, check.REDUCTIONS)
@@ -229,6 +252,10 @@ def dcl(
     z0, z1 (N, D), N ≥ 2. Returns nats, the mean over both directions' 2N rows, or (2N,).
     Source: Yeh et al. 2021, arXiv:2110.06848, equation 6.
     Raises ValueError or TypeError on shapes, dtypes, devices, N = 1, temperature ≤ 0, reduction.
+
+        >>> z0, z1 = torch.randn(2, 8, 4)
+        >>> bool(F.dcl(z0, z1) < F.nt_xent(z0, z1, temperature=0.1))  # one candidate fewer
+        True
     """
     check.pairs("dcl", z0=z0, z1=z1)
     check.one_of("dcl", "reduction", reduction, check.REDUCTIONS)
@@ -259,6 +286,12 @@ def clip(
     directions come from one pass. Returns nats; reduction="none" gives (N,), each the mean of its
     two terms. Source: Radford et al. 2021, arXiv:2103.00020, figure 3.
     Raises ValueError or TypeError on shapes, dtypes, devices, logit_scale ≤ 0, reduction.
+
+        >>> image, text = torch.randn(8, 4), torch.randn(8, 4)
+        >>> log_scale = torch.tensor(2.66, requires_grad=True)
+        >>> F.clip(image, text, logit_scale=log_scale.exp()).backward()
+        >>> log_scale.grad.shape
+        torch.Size([])
     """
     check.pairs("clip", image=image, text=text)
     check.scalar("clip", "logit_scale", logit_scale, positive=True)
@@ -292,6 +325,10 @@ def sup_con(
     code does. Class sums give the positives in O(N·D): there is no mask matrix. Returns nats.
     Source: Khosla et al. 2020, arXiv:2004.11362, equation 2.
     Raises ValueError or TypeError on shapes, dtypes, devices, temperatures ≤ 0, reduction.
+
+        >>> z, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 1, 2])
+        >>> F.sup_con(z, labels, reduction="none")[5]  # alone with its label
+        tensor(0.)
     """
     check.matrices("sup_con", features=features)
     check.not_empty("sup_con", features=features)
@@ -350,6 +387,11 @@ def siglip(
     image, text (N, D). Returns nats, the sum over pairs divided by N; reduction="none" gives (N,),
     each image's sum over the texts. Source: Zhai et al. 2023, arXiv:2303.15343, equation 1.
     Raises ValueError or TypeError on shapes, dtypes, devices, logit_scale ≤ 0, reduction.
+
+        >>> image, text = torch.randn(8, 4), torch.randn(8, 4)
+        >>> loss = F.siglip(image, text, logit_scale=10.0, logit_bias=-10.0)
+        >>> torch.allclose(loss, F.siglip(text, image, logit_scale=10.0, logit_bias=-10.0))
+        True
     """
     check.pairs("siglip", image=image, text=text)
     check.scalar("siglip", "logit_scale", logit_scale, positive=True)
@@ -389,6 +431,10 @@ def instance_spread(
     With a group every rank goes through the matrix of all rows, for the losses of its own.
     Source: Ye et al. 2019, arXiv:1904.03436.
     Raises ValueError or TypeError on shapes, dtypes, devices, temperature or weight ≤ 0, reduction.
+
+        >>> z0 = torch.randn(8, 4)
+        >>> bool(F.instance_spread(z0, z0) < F.instance_spread(z0, torch.randn(8, 4)))
+        True
     """
     check.pairs("instance_spread", z0=z0, z1=z1)
     check.scalar("instance_spread", "negative_weight", negative_weight, positive=True)

@@ -25,6 +25,11 @@ def ema_update_(
     stops moving. Source: Tarvainen & Valpola 2017, arXiv:1703.01780.
     Raises ValueError or TypeError on momentum outside [0, 1], lists of different lengths, shapes,
     dtypes or devices; then nothing has changed.
+
+        >>> teacher, student = [torch.zeros(2)], [torch.ones(2)]
+        >>> F.ema_update_(teacher, student, momentum=0.75)
+        >>> teacher
+        [tensor([0.2500, 0.2500])]
     """
     check.fraction("ema_update_", "momentum", momentum)
     into, source = _tensors("targets", targets), _tensors("sources", sources)
@@ -63,6 +68,11 @@ def queue_push_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     than M keys the last M stay. Source: He et al. 2020, arXiv:1911.05722, algorithm 1.
     Raises ValueError or TypeError on shapes, dtypes, devices, an empty queue; then nothing has
     changed.
+
+        >>> queue, pointer = torch.zeros(4, 1), torch.tensor([3])
+        >>> F.queue_push_(queue, pointer, torch.tensor([[1.0], [2.0]]))
+        >>> queue[:, 0], pointer
+        (tensor([2., 0., 0., 1.]), tensor([1]))
     """
     check.matrices("queue_push_", queue=queue, keys=keys)
     check.not_empty("queue_push_", queue=queue)
@@ -88,6 +98,11 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     it was; of equal indices the last one wins. Source: Wu et al. 2018, arXiv:1805.01978.
     Raises ValueError, TypeError or (an index outside the bank, on the CPU) IndexError; then nothing
     has changed.
+
+        >>> bank = torch.eye(3)
+        >>> F.bank_update_(bank, torch.tensor([1]), torch.tensor([[0.0, 0.0, 1.0]]), momentum=0.5)
+        >>> bank[1]
+        tensor([0.0000, 0.7071, 0.7071])
     """
     check.matrices("bank_update_", bank=bank, features=features)
     check.not_empty("bank_update_", bank=bank)
@@ -112,6 +127,11 @@ def bank_scores(
     query (N, D); bank (M, D), without a gradient; index integer (N, K). Returns (N, K), float32.
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.2.
     Raises ValueError, TypeError or (an index outside the bank, on the CPU) IndexError.
+
+        >>> q, bank, index = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([[0, 3], [8, 1]])
+        >>> scores = F.bank_scores(q, bank, index, scale=2.0)
+        >>> torch.allclose(scores, 2 * torch.einsum("nd,nkd->nk", q, bank[index]))
+        True
     """
     check.matrices("bank_scores", query=query, bank=bank)
     check.scalar("bank_scores", "scale", scale, positive=False)
@@ -148,6 +168,10 @@ def nce(
     items; `partition` is Z, a float or 0-dim tensor. Returns nats: the mean over rows of the sum
     over candidates, or (N,). Source: Wu et al. 2018, arXiv:1805.01978, equations 5 to 9.
     Raises ValueError or TypeError on shapes, dtypes, data_size < 1, partition ≤ 0, reduction.
+
+        >>> scores = torch.zeros(4, 1 + 16)  # one positive and sixteen noise samples each
+        >>> F.nce(scores, data_size=1000, partition=1000.0).isfinite()
+        tensor(True)
     """
     check.matrices("nce", scores=scores)
     check.not_empty("nce", scores=scores)

@@ -114,6 +114,20 @@ def test_noise_is_uniform_over_the_bank_and_the_image_comes_first(no_encoder):
     assert (counts / 3000 - 1).abs().max() < 0.1  # 3,000 of each, ± 54
 
 
+def test_noise_has_the_distribution_of_the_official_tables(golden, no_encoder):
+    """Their alias tables over equal weights say what one draw from all images says."""
+    data = golden("instdisc_alias_tables")
+    assert data["one1_implied"] == 1
+    implied = data["uniform7_implied"]
+    config = Config(dim=4, loss="softmax", negatives=70_000)
+    method = InstDisc(no_encoder(4), config)
+    method.set_images(len(implied))
+    noise = method.candidates(torch.tensor([3]))[0, 1:]
+    share = torch.bincount(noise, minlength=len(implied)) / len(noise)
+    deviation = (implied * (1 - implied) / len(noise)) ** 0.5
+    assert (np.abs(share.numpy() - implied) < 5 * deviation).all()
+
+
 def test_proximal_term_pulls_towards_the_remembered_features(no_encoder):
     changes = {"loss": "softmax", "negatives": 0}
     plain, x, y = small(no_encoder, **changes)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import fastcl.functional as F
 from fastcl.methods.base import Progress
 from fastcl.methods.moco_v1 import Config, MoCoV1
+from fastcl.nn import FeatureQueue, Partition
 
 AT = Progress(step=0, steps_per_epoch=10, epochs=1)
 
@@ -154,3 +156,99 @@ def test_a_queue_of_half_the_images_is_warned_of(tiny_encoder, recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match="queue_size 50 is at least half of the 100 training"):
         method.set_images(100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_batch_norm_of_two_devices_follows_the_official_code(golden, dtype, monkeypatch):
+    """Two ranks of the official builder: one process with two groups, whose rows take turns.
+
+    Row j of rank r is row 2 j + r here; the recorded permutation of the keys is turned likewise.
+    The queue holds the same keys in that order.
+    """
+    data = golden("moco_shufflebn_w2_b6_d24_k36")
+    world, own = int(data["param_world"]), int(data["param_B_local"])
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(20, 20, 1, bias=False),
+        torch.nn.BatchNorm2d(20),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+    )
+    encoder.feature_dim = 20
+    config = Config(
+        dim=24,
+        queue_size=int(data["param_K"]),
+        temperature=float(data["param_T"]),
+        momentum=float(data["param_m"]),
+        bn_splits=world,
+    )
+    method = MoCoV1(encoder, config).to(dtype).train()
+    weights = {
+        "encoder.0.weight": "l0.weight",
+        "encoder.1.weight": "bn.weight",
+        "encoder.1.bias": "bn.bias",
+        "head.weight": "fc.weight",
+        "head.bias": "fc.bias",
+    }
+    parameters = dict(method.named_parameters())
+    with torch.no_grad():
+        for ours, theirs in weights.items():
+            value = torch.tensor(data[f"init_{theirs}"], dtype=dtype)
+            copy = ours.replace("encoder.", "key_encoder.0.").replace("head.", "key_encoder.1.")
+            for name in (ours, copy):
+                parameters[name].copy_(value.view_as(parameters[name]))
+        method.queue.features.copy_(torch.tensor(data["queue_before"]))
+    turns = torch.arange(world * own).view(world, own).T.flatten()  # here -> there
+    place = turns.argsort()  # there -> here
+    for step in (1, 2):
+        order = place[torch.tensor(data[f"s{step}_perm"]).long()[turns]]
+        monkeypatch.setattr(torch, "randperm", lambda n, order=order, **_: order)
+        q, k = (torch.tensor(data[f"s{step}_im_{x}"], dtype=dtype)[turns] for x in "qk")
+        method.zero_grad()
+        loss = method.loss([q[..., None, None], k[..., None, None]], AT)
+        loss.backward()
+        method.after_backward(AT)
+        exact = dtype == torch.float64
+        truth = data[f"s{step}_f64_loss_per_rank"].mean()
+        np.testing.assert_allclose(loss.item(), truth, rtol=1e-7 if exact else 2e-6)
+        for ours, theirs in weights.items():
+            truth = data[f"s{step}_f64_grad_{theirs}"]
+            found = parameters[ours].grad.view(truth.shape).numpy()
+            atol = (1e-7 if exact else 1e-5) * np.abs(truth).max()
+            np.testing.assert_allclose(found, truth, rtol=0, atol=atol)
+        assert method.queue.pointer.item() == data[f"s{step}_ptr_after"]
+        for module, key in ((method.encoder, "q"), (method.key_encoder[0], "k")):
+            for name in ("running_mean", "running_var"):
+                truth = data[f"s{step}_{key}_bn_{name}_per_rank"].mean(0)
+                np.testing.assert_allclose(getattr(module[1], name), truth, atol=1e-6)
+    after = torch.tensor(data["f64_queue_after"]).view(3, world * own, -1)
+    for batch in range(2):
+        found = method.queue.features.view(3, world * own, -1)[batch][place]
+        np.testing.assert_allclose(found.numpy(), after[batch], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_nce_against_a_queue_follows_cmcs_moco(golden, dtype):
+    """The same queue under InstDisc's loss: its parts are enough.
+
+    That code stores Z as a whole number.
+    """
+    data = golden("moco_queuewrap_nce_b6_d100_k44")
+    queue = FeatureQueue(*data["queue_before"].shape).to(dtype)
+    queue.features.copy_(torch.tensor(data["queue_before"]))
+    partition = Partition().to(dtype)
+    images, scale = int(data["param_n_data"]), 1 / float(data["param_T"])
+    rtol = 1e-7 if dtype == torch.float64 else 5e-6
+    for step in (1, 2, 3):
+        q = torch.tensor(data[f"s{step}_q"], dtype=dtype, requires_grad=True)
+        k = torch.tensor(data[f"s{step}_k"], dtype=dtype)
+        scores = scale * torch.cat([(q * k).sum(1, keepdim=True), q @ queue.features.T], 1)
+        z = partition(scores.detach(), images).floor()
+        np.testing.assert_allclose(z.item(), data[f"s{step}_Z"], rtol=1e-6)
+        loss = F.nce(scores, data_size=images, partition=z)
+        loss.backward()
+        queue.push(k)
+        np.testing.assert_allclose(loss.item(), data[f"s{step}_f64_loss"], rtol=rtol)
+        truth = data[f"s{step}_f64_grad_q"]
+        np.testing.assert_allclose(q.grad, truth, rtol=0, atol=10 * rtol * np.abs(truth).max())
+        assert queue.pointer.item() == data[f"s{step}_ptr_after"]
+    np.testing.assert_allclose(queue.features, data["queue_after"], rtol=0, atol=1e-6)

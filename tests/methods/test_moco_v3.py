@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastcl.functional as F
 from fastcl import models
 from fastcl.methods.base import Progress
 from fastcl.methods.moco_v3 import Config, MoCoV3
@@ -83,6 +84,28 @@ def test_loss_and_gradients_are_the_official_ones(golden, no_encoder, name, dtyp
     for x, key in zip(q, ("grad_q1_f64", "grad_q2_f64"), strict=True):
         truth = data[key]
         np.testing.assert_allclose(x.grad, truth, rtol=0, atol=10 * rtol * np.abs(truth).max())
+
+
+@DTYPES
+def test_ranks_have_their_rows_of_the_loss_over_all_keys(golden, dtype):
+    """Two ranks of the official code, whose losses are of its own rows against everybody's keys."""
+    data = golden("mocov3_loss_dist2_b13x2_d100")
+    T = float(data["T"])
+    exact = dtype == torch.float64
+
+    def all_ranks(key):
+        return torch.tensor(np.concatenate([data[f"{key}_rank{r}"] for r in (0, 1)]), dtype=dtype)
+
+    q1, q2 = (all_ranks(key).requires_grad_() for key in ("q1", "q2"))
+    k1, k2 = (all_ranks(key) for key in ("k1", "k2"))
+    losses = sum(F.info_nce(q, k, temperature=T, reduction="none") for q, k in ((q1, k2), (q2, k1)))
+    (2 * T * losses).sum().div(13).backward()
+    for rank in (0, 1):
+        own = slice(13 * rank, 13 * (rank + 1))
+        loss = 2 * T * losses[own].mean().item()
+        np.testing.assert_allclose(loss, data[f"loss_f64_rank{rank}"], rtol=1e-9 if exact else 2e-6)
+        for q, key in ((q1, "grad_q1"), (q2, "grad_q2")):  # of float32, to 1e-6
+            np.testing.assert_allclose(q.grad[own], data[f"{key}_rank{rank}"], rtol=0, atol=1e-6)
 
 
 def test_keys_come_from_the_encoder_moved_before_them(tiny_encoder):

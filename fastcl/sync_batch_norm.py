@@ -7,7 +7,7 @@
     dγ = Σ dy x̂,  dβ = Σ dy                     over this rank: gradients are averaged elsewhere
 
 2 C + 1 numbers travel from each rank forward, 2 C backward. Ranks may have different numbers of
-rows. torch has this for CUDA; what follows is for the devices that it refuses, such as the CPU.
+rows. torch has this for CUDA; what follows is for the devices that it refuses, as the CPU.
 
 Source: Ioffe and Szegedy 2015, arXiv:1502.03167; the merging of variances: Chan et al. 1983.
 """
@@ -20,22 +20,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcl.distributed import Group, Share, gather, members_of
 from fastcl.nn import SplitBatchNorm
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch.nn.SyncBatchNorm, on any device."""
+class SyncBatchNorm(_BatchNorm):
+    """torch.nn.SyncBatchNorm on any device."""
+
+    group: Group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"SyncBatchNorm: the input must be (N, C, …); got {input.ndim}-d.")
 
     def forward(self, input: Tensor) -> Tensor:
         """input (N, C, …) -> the same shape."""
-        x = input
-        if x.is_cuda or not self.training:
-            return super().forward(x)
-        group = self.process_group or dist.group.WORLD
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
         y: Tensor
-        y, mean, variance, count = _Normalize.apply(x, self.weight, self.bias, self.eps, group)
+        y, mean, variance, count = _Normalize.apply(
+            input, self.weight, self.bias, self.eps, self.group
+        )
         if self.track_running_stats:
             self._follow(mean, variance * (count / (count - 1).clamp_min(1)))
         return y
@@ -110,11 +118,17 @@ def along(value: Tensor, x: Tensor) -> Tensor:
 def share_batch_norm_(module: nn.Module, group: Group) -> None:
     """Make every batch norm of module see the whole batch, and every split one its own groups.
 
-    Changed in place: parameters and buffers are the same objects, under the same names.
+    Changed in place, once module is on its device: parameters and buffers stay the same objects,
+    under the same names.
     """
+    on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     for part in module.modules():
         if isinstance(part, SplitBatchNorm):
             part.share_out(group)
         elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            part.__class__ = SyncBatchNorm  # type: ignore[assignment]
-            part.__dict__["process_group"] = members_of(group)
+            if on_cuda:
+                part.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
+                part.__dict__["process_group"] = members_of(group)
+            else:
+                part.__class__ = SyncBatchNorm  # type: ignore[assignment]
+                part.__dict__["group"] = group

@@ -38,7 +38,7 @@ struct Workspace {
   float* mean;     // (panels, block, NR)
   float* packed;   // a block of keys packed where it is used
   float* packing;  // NR rows on their way there
-  float* sums;     // 6 × (BLOCK_MAX,)
+  float* sums;     // 8 × (BLOCK_MAX,)
 };
 
 class Workspaces {
@@ -50,7 +50,7 @@ class Workspaces {
                mean,
                packed,
                packing,
-               6 * BLOCK_MAX},
+               8 * BLOCK_MAX},
         total_(0),
         memory_(size_t(threads) * bytes()) {}
 

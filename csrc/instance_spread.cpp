@@ -1,63 +1,41 @@
 // InvaSpread's instance loss; the matrix is never stored.
 //
-// Rows r are 2N views, row r's partner is (r + N) mod 2N, m weighs the negatives (c ≠ r, partner).
+// Rows r are 2N views, row r's partner is (r + N) mod 2N, m weighs the
+// negatives (c ≠ r, partner).
 //
 //   s_rc   = t · ẑ_r·ẑ_c                                  c ≠ r
-//   p_rc   = [c negative] m exp(s_rc) / D_r, or exp(s_rc) / D_r;   D_r makes Σ_{c≠r} p_rc = 1
-//   q_rc   = 1 − p_rc,   u_rc = p_rc / m
-//   loss_r = −log p_r,partner − m Σ_negatives log(1 − u_rc)
-//   R_rc   = u_rc / (1 − u_rc) = p_rc / (m − 1 + q_rc),   B_r = Σ_negatives R_rc
-//   G_rc   = p_rc (1 − m B_r) + m R_rc = p_rc (1 − m (B_r − R_rc)) + m R_rc q_rc    on a negative
-//          = −q_rc − m p_rc B_r                                                     on the partner
-//   ∂/∂ẑ_r = t Σ_c g_r G_rc ẑ_c (+ t Σ_c g_c G_cr ẑ_c if columns are not detached)
+//   p_rc   = [c negative] m exp(s_rc) / D_r, or exp(s_rc) / D_r;   D_r makes
+//   Σ_{c≠r} p_rc = 1 q_rc   = 1 − p_rc,   u_rc = p_rc / m loss_r = −log
+//   p_r,partner − m Σ_negatives log(1 − u_rc) R_rc   = u_rc / (1 − u_rc) = p_rc
+//   / (m − 1 + q_rc),   B_r = Σ_negatives R_rc G_rc   = p_rc (1 − m B_r) + m
+//   R_rc = p_rc (1 − m (B_r − R_rc)) + m R_rc q_rc    on a negative
+//          = −q_rc − m p_rc B_r on the partner
+//   ∂/∂ẑ_r = t Σ_c g_r G_rc ẑ_c (+ t Σ_c g_c G_cr ẑ_c if columns are not
+//   detached)
 //
-// q is never formed by a subtraction that cancels. Only the largest entry of a row can exceed ½;
-// the first pass keeps the largest negative apart from the sum of the others, and the partner apart
-// from both, so that the share of all but the largest, o_r, is that one's q. What exceeds ½ is
-// treated by itself; vectors see only p ≤ ½ (or a little above: see ALONE).
+// q is never formed by a subtraction that cancels. Only the largest entry of a
+// row can exceed ½; the first pass keeps the largest negative apart from the
+// sum of the others, and the partner apart from both, so that the share of all
+// but the largest, o_r, is that one's q. What exceeds ½ is treated by itself;
+// vectors see only p ≤ ½ (or a little above: see ALONE). At τ = 0.01 scores
+// differ by up to 200: o_r and R_rc are then beyond float and only their
+// logarithms are kept.
 //
-// s is symmetric though p and G are not: a pair of blocks i < j is computed once for the rows of
-// both. Matrix products of the full 2N × 2N: forward ½ for D, which u needs, and ½ for the sums of
-// the logarithms; backward ½ for s, and ½ each for the gradients of either block's rows. Two and a
-// half in all, with or without a gradient through the columns: with it the weight of a pair,
-// g_r G_rc + g_c G_cr, serves both products; without it each product has its own.
+// s is symmetric though p and G are not: a pair of blocks i < j is computed
+// once for the rows of both. Matrix products of the full 2N × 2N: forward ½ for
+// D, which u needs, and ½ for the sums of the logarithms; backward ½ for s, and
+// ½ each for the gradients of either block's rows. Two and a half in all, with
+// or without a gradient through the columns: with it the weight of a pair, g_r
+// G_rc + g_c G_cr, serves both products; without it each product has its own.
 // Memory O(N·D); the same bits for any number of threads.
-// Plain version: fastcl/reference/instance_spread.py. Triton twin: kernels/instance_spread.py.
+// Plain version: fastcl/reference/instance_spread.py. Triton twin:
+// kernels/instance_spread.py.
 #include "matrix.h"
+#include "spread_rows.h"
 #include "tops.h"
 
 namespace fastcl {
 namespace {
-
-// A negative is treated by itself if the share of all others, o, is below this. At exactly ½ the
-// rounding of o could take two equal entries for one.
-constexpr float ALONE = 0.47f;
-constexpr float MOST = 1 - ALONE;  // the largest p of the others, but for rounding
-
-// −log(1 − u) / u for 0 ≤ u ≤ MOST, to one unit in the last place.
-inline F log1m_over(F u) {
-  F y = broadcast(2.9337547e+00f);
-  y = fma(y, u, broadcast(-5.5133848e+00f));
-  y = fma(y, u, broadcast(5.1359601e+00f));
-  y = fma(y, u, broadcast(-2.4374719e+00f));
-  y = fma(y, u, broadcast(9.4438028e-01f));
-  y = fma(y, u, broadcast(1.0489452e-02f));
-  y = fma(y, u, broadcast(2.1850605e-01f));
-  y = fma(y, u, broadcast(2.4875481e-01f));
-  y = fma(y, u, broadcast(3.3337447e-01f));
-  y = fma(y, u, broadcast(4.9999952e-01f));
-  return fma(y, u, broadcast(1.0f));
-}
-
-// u = exp(s − shift) · factor, or exp(s) · bounded in BOUNDED strips; a negative of a row whose
-// limit it exceeds is treated by itself.
-struct Shares {
-  float* shift;
-  float* factor;
-  float* bounded;
-  float* limit;
-  Shares operator+(int64_t i) const { return {shift + i, factor + i, bounded + i, limit + i}; }
-};
 
 // The shares of all rows; those of the padding are 0.
 class AllShares {
@@ -71,13 +49,14 @@ class AllShares {
     float* at = memory_.as<float>();
     return Shares{at, at + padded_, at + 2 * padded_, at + 3 * padded_} + first;
   }
-  // u = e^(s − shift + log_factor).
-  void set(int64_t i, double shift, double log_factor, bool alone, double log_m) const {
+  // u = e^(s − log_whole); what is above `limit` is treated by itself.
+  void set(int64_t i, double log_whole, double limit) const {
     const Shares x = *this + i;
-    x.shift[0] = float(shift), x.factor[0] = float(std::exp(log_factor));
-    // Below −80 the row has no pair in any bounded block, whose scores are at least −BOUND.
-    x.bounded[0] = shift < -80 ? 0 : float(std::exp(log_factor - shift));
-    if (alone) x.limit[0] = float(shift - log_factor - log_m - LN2);  // p = ½
+    x.shift[0] = float(log_whole), x.factor[0] = float(std::exp(x.shift[0] - log_whole));
+    // Below −80 the row has no ordinary negative in a bounded block, whose
+    // scores are at least −BOUND.
+    x.bounded[0] = log_whole < -80 ? 0 : float(std::exp(-log_whole));
+    x.limit[0] = float(limit);
   }
 
  private:
@@ -95,16 +74,20 @@ struct Problem {
         m(weight),
         log_m(std::log(weight)),
         scale(scale) {}
+  // The s of a negative whose p is ½.
+  double half(double log_d) const { return log_d - log_m - LN2; }
   Pass pass() const { return {layout, layout, nullptr, nullptr, scale, true}; }
-  // The column of row r's partner in block k where it is above the diagonal, or −1.
+  // The column of row r's partner in block k where it is above the diagonal, or
+  // −1.
   int64_t partner(int64_t r, const Block& k) const {
     const int64_t half = layout.n / 2, c = r + half - k.first;
     return r < half && c >= 0 && c < k.rows ? c : -1;
   }
 };
 
-// use(bounded, group, s, first row, first column, end of columns) for the groups of rows of a block
-// pair, of whose negatives alone s is: own(row, partner, its s) takes each partner out before.
+// use(bounded, group, s, first row, first column, end of columns) for the
+// groups of rows of a block pair, of whose negatives alone s is: own(row,
+// partner, its s) takes each partner out before.
 template <bool PAIRED, class Own, class Use>
 void for_groups(const Problem& problem, const Pass& pass, const Block& q, const Block& k, float* s,
                 Own own, Use use) {
@@ -140,8 +123,8 @@ void for_rows(const Layout& layout, int threads, Function f) {
   });
 }
 
-// work(pair, thread) for every pair of blocks, in parallel; then, in the turn of each block,
-// into(pair, thread, whether the block is the columns').
+// work(pair, thread) for every pair of blocks, in parallel; then, in the turn
+// of each block, into(pair, thread, whether the block is the columns').
 template <class Work, class Into>
 void for_pairs(const Layout& layout, int threads, Work work, Into into) {
   const Triangle triangle{layout.blocks()};
@@ -161,48 +144,15 @@ void for_pairs(const Layout& layout, int threads, Work work, Into into) {
   });
 }
 
-// Σ −log(1 − u) and Σ u / (1 − u) over the ordinary negatives of ROWS rows (written) and of columns
-// (added to).
-struct LogSums {
-  float* logs;
-  float* ratios;
-  LogSums operator+(int64_t i) const { return {logs + i, ratios + i}; }
-};
-
-template <int ROWS, bool BOUNDED, bool UNIT>
-inline void log_rows(const float* s, int64_t begin, int64_t end, Shares of_rows, Shares of_columns,
-                     LogSums rows, LogSums columns) {
-  F logs[ROWS], ratios[ROWS];
-  for (int r = 0; r < ROWS; ++r) logs[r] = ratios[r] = F{};
-  const auto add = [&](F u, F& log_sum, F& ratio_sum) {
-    if constexpr (UNIT) {
-      log_sum = fma(u, log1m_over(u), log_sum);
-    } else {
-      for (int i = 0; i < LANES; ++i) log_sum[i] -= std::log1p(-u[i]);
-    }
-    ratio_sum += u / (1.0f - u);
-  };
-  for (int64_t c = begin; c < end; c += LANES) {
-    const F factor = load((BOUNDED ? of_columns.bounded : of_columns.factor) + c);
-    const F shift = load(of_columns.shift + c), limit = load(of_columns.limit + c);
-    F column_logs = load(columns.logs + c), column_ratios = load(columns.ratios + c);
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; ++r) {
-      const F x = load(s + r * W_ROW + c);
-      const F e = BOUNDED ? exp_bounded(x) : exp(x - of_rows.shift[r]);
-      const F u = e * (BOUNDED ? of_rows.bounded[r] : of_rows.factor[r]);
-      const F v = (BOUNDED ? e : exp(x - shift)) * factor;
-      add(x > of_rows.limit[r] ? F{} : u, logs[r], ratios[r]);
-      add(x > limit ? F{} : v, column_logs, column_ratios);
-    }
-    store(columns.logs + c, column_logs), store(columns.ratios + c, column_ratios);
-  }
-  for (int r = 0; r < ROWS; ++r) rows.logs[r] = sum(logs[r]), rows.ratios[r] = sum(ratios[r]);
+// log(e^a + e^b)
+inline double log_add(double a, double b) {
+  const double high = std::fmax(a, b);
+  return std::isfinite(high) ? high + std::log1p(std::exp(std::fmin(a, b) - high)) : a + b;
 }
 
 template <class T>
-void forward(const Problem& problem, const T* z, float* loss, float* log_d, float* o,
-             float* b_small, float* b_large, int threads) {
+void forward(const Problem& problem, const T* z, float* loss, float* log_d, float* log_o, float* b,
+             float* log_large, int threads) {
   constexpr bool PAIRED = is_paired<T>();
   const Layout& layout = problem.layout;
   const Pass pass = problem.pass();
@@ -211,11 +161,11 @@ void forward(const Problem& problem, const T* z, float* loss, float* log_d, floa
   const Matrix<T> packed(layout, LEFT | RIGHT, z, pass.scale, threads);
   const Workspaces workspaces(threads, PAIRED, 0, 0, 0);
   const auto of_rows = [&](int thread) { return workspaces[thread].sums; };
-  const auto of_columns = [&](int thread) { return workspaces[thread].sums + 3 * BLOCK_MAX; };
+  const auto of_columns = [&](int thread) { return workspaces[thread].sums + 4 * BLOCK_MAX; };
 
-  const Scratch memory(size_t(3 * padded + layout.n) * 4);
+  const Scratch memory(size_t(4 * padded + layout.n) * 4);
   const Tops tops = tops_in(memory.as<float>(), padded);
-  float* own = memory.as<float>() + 3 * padded;  // (2N,) the partner's s
+  float* own = memory.as<float>() + 4 * padded;  // (2N,) the partner's s
   clear(tops, padded, NO_MAXIMUM);
   for_pairs(
       layout, threads,
@@ -242,22 +192,22 @@ void forward(const Problem& problem, const T* z, float* loss, float* log_d, floa
   std::vector<double> losses(size_t(layout.n)), ratios(size_t(layout.n));
   for_rows(layout, threads, [&](int64_t i) {
     const Tops top = tops + i;
-    const double highest = std::fmax(double(top.maximum[0]), double(own[i]));
-    const double partner = std::exp(own[i] - highest);
-    const double scale = m * std::exp(top.maximum[0] - highest);
-    const double largest = scale * top.top[0], others = scale * top.others[0];
-    const double d = largest + others + partner, log_sum = std::log(d);
-    const bool negative_leads = largest > partner;
-    const double not_largest = ((negative_leads ? partner : largest) + others) / d;
-    const bool alone = negative_leads && not_largest < ALONE;
+    const double largest = problem.log_m + top.reference[0] + std::log(double(top.top[0]));
+    const double others = problem.log_m + top.others_reference[0] + std::log(double(top.others[0]));
+    const double negatives = log_add(largest, others);
     double& row = losses[size_t(i)];
-    row = partner > d / 2 ? -std::log1p(-not_largest) : log_sum - (own[i] - highest);
-    log_d[i] = float(highest + log_sum), o[i] = float(not_largest), b_large[i] = 0;
+    row = log_add(0, negatives - own[i]);  // −log p_r,partner
+    const double whole = own[i] + row;     // log D
+    const bool negative_leads = largest > own[i];
+    const double rest = negative_leads ? log_add(own[i], others) : negatives, o = rest - whole;
+    const bool alone = negative_leads && o < std::log(ALONE);
+    log_d[i] = float(whole), log_o[i] = float(o), log_large[i] = -INF;
     if (alone) {
-      row -= m * std::log((not_largest + (m - 1)) / m);
-      b_large[i] = float((1 - not_largest) / (not_largest + (m - 1)));
+      const double not_u = m == 1 ? o : std::log((std::exp(o) + (m - 1)) / m);  // log (1 − u)
+      row -= m * not_u;
+      log_large[i] = float(std::log1p(-std::exp(o)) - not_u - problem.log_m);
     }
-    shares.set(i, highest, -log_sum, alone, problem.log_m);
+    shares.set(i, whole, alone ? problem.half(whole) : INF);
   });
 
   for_pairs(
@@ -289,52 +239,20 @@ void forward(const Problem& problem, const T* z, float* loss, float* log_d, floa
         }
       });
   for (int64_t i = 0; i < layout.n; ++i)
-    loss[i] = float(losses[size_t(i)]), b_small[i] = float(ratios[size_t(i)]);
+    loss[i] = float(losses[size_t(i)]), b[i] = float(ratios[size_t(i)]);
 }
 
-// W = g G = u (slope + weight / (1 − u)) on an ordinary negative: weight = g m,
-// slope = g m (1 − m B).
-struct Slopes {
-  const float* weight;
-  const float* slope;
-  Slopes operator+(int64_t i) const { return {weight + i, slope + i}; }
-};
-
-// What exceeds ½, and partners: an element of a strip whose weights are formed one by one.
+// What exceeds ½, and partners: an element of a strip whose weights are formed
+// one by one.
 struct Single {
   int64_t row, column;  // in the strip, in the block
   float s;
   bool partner;
 };
 
-// of_rows ← g_r G_rc and, if DETACH, of_columns ← g_c G_cr; else of_rows ← their sum. of_rows may
-// be s.
-template <bool BOUNDED, bool DETACH>
-inline void weigh_row(const float* s, int64_t begin, int64_t end, float most, Shares row,
-                      Shares columns, Slopes row_slope, Slopes column_slopes, float* of_rows,
-                      float* of_columns) {
-  const F limit = broadcast(most);
-  const F row_factor = broadcast(BOUNDED ? row.bounded[0] : row.factor[0]);
-  const F row_shift = broadcast(row.shift[0]);
-  const F g = broadcast(row_slope.weight[0]), slope = broadcast(row_slope.slope[0]);
-  for (int64_t c = begin; c < end; c += LANES) {
-    const F x = load(s + c);
-    const F factor = load((BOUNDED ? columns.bounded : columns.factor) + c);
-    const F e = BOUNDED ? exp_bounded(x) : exp(x - row_shift);
-    const F u = min(limit, e * row_factor);
-    const F v = min(limit, (BOUNDED ? e : exp(x - load(columns.shift + c))) * factor);
-    const F w = u * (slope + g / (1.0f - u));
-    const F h = v * (load(column_slopes.slope + c) + load(column_slopes.weight + c) / (1.0f - v));
-    if (DETACH)
-      store(of_rows + c, w), store(of_columns + c, h);
-    else
-      store(of_rows + c, w + h);
-  }
-}
-
 template <class T>
 void backward(const Problem& problem, const float* grad, const T* z, const float* log_d,
-              const float* o, const float* b_small, const float* b_large, T* grad_z,
+              const float* log_o, const float* b, const float* log_large, T* grad_z,
               float* grad_scale, bool detach_columns, int threads) {
   constexpr bool PAIRED = is_paired<T>();
   const Layout& layout = problem.layout;
@@ -344,28 +262,31 @@ void backward(const Problem& problem, const float* grad, const T* z, const float
   const Matrix<T> packed(layout, LEFT | RIGHT | VALUES, z, pass.scale, threads);
   // The columns' own weights, if they have some, lie where a mean would.
   const Workspaces workspaces(threads, PAIRED, detach_columns ? BLOCK_MAX * W_ROW : 0, 0, 0);
-  const Scratch sums(size_t(layout.blocks() * size) * 4), slope_memory(size_t(2 * padded) * 4);
+  const Scratch sums(size_t(layout.blocks() * size) * 4), slope_memory(size_t(3 * padded) * 4);
   const AllShares shares(layout);
-  float *weight = slope_memory.as<float>(), *slope = weight + padded;
-  const Slopes slopes{weight, slope};
-  std::fill_n(weight, 2 * padded, 0.0f);
+  float *weight = slope_memory.as<float>(), *slope = weight + padded, *minus = slope + padded;
+  const Slopes slopes{weight, slope, minus};
+  std::fill_n(weight, 3 * padded, 0.0f);
   for_rows(layout, threads, [&](int64_t i) {
-    const double b = double(b_small[i]) + b_large[i];
-    weight[i] = float(grad[i] * m), slope[i] = float(grad[i] * m * (1 - m * b));
-    shares.set(i, log_d[i], 0, b_large[i] > 0, problem.log_m);
+    const bool alone = log_large[i] != -INF;
+    const double log_kappa = alone ? -std::fmax(0.0, log_large[i]) : 0, kappa = std::exp(log_kappa);
+    const double kappa_b = kappa * b[i] + std::exp(log_large[i] + log_kappa);
+    weight[i] = float(grad[i] * m * kappa), slope[i] = float(grad[i] * m * (kappa - m * kappa_b));
+    minus[i] = float(-kappa);
+    shares.set(i, log_d[i] + log_kappa, alone ? problem.half(log_d[i]) : INF);
   });
   // g_i G of an entry of row i.
   const auto weight_of = [&](int64_t i, float s, bool is_partner) {
-    double p = std::exp(s + (is_partner ? 0 : problem.log_m) - log_d[i]), not_p = 1 - p;
+    const double log_p = s + (is_partner ? 0 : problem.log_m) - log_d[i];
+    const double p_large = std::exp(log_p + log_large[i]);  // p times the one large R
+    double p = std::exp(log_p), q = 1 - p;
     const bool largest = is_partner ? p > 0.5 : s > (shares + i).limit[0];
-    if (largest) p = 1 - double(o[i]), not_p = o[i];
-    const double small = b_small[i], large = b_large[i], ratio = p / (m - 1 + not_p);
-    if (is_partner) return float(grad[i] * (-not_p - m * p * (small + large)));
-    const double others = largest ? small : small + large - ratio;
-    return float(grad[i] * (p * (1 - m * others) + m * ratio * not_p));
+    if (largest) q = std::exp(double(log_o[i])), p = 1 - q;
+    if (is_partner) return float(grad[i] * (-q - m * (p * b[i] + p_large)));
+    const double ratio = p / (m - 1 + q);
+    if (largest) return float(grad[i] * (p * (1 - m * b[i]) + (m == 1 ? p : m * ratio * q)));
+    return float(grad[i] * (p * (1 - m * (b[i] - ratio)) - m * p_large + m * ratio * q));
   };
-  // What is above is weighed by itself; here it only must not divide by 0.
-  const float most = float((MOST + 0.05) / m);
   for_pairs(
       layout, threads,
       [&](const BlockPair& pair, int thread) {
@@ -393,9 +314,8 @@ void backward(const Problem& problem, const float* grad, const T* z, const float
                     if (s[c] > std::min(row.limit[0], column_shares.limit[c]) && c != partner)
                       singles.push_back({r, c, s[c], false});
                 const auto weigh = [&](auto bounded, auto detach) {
-                  weigh_row<bounded(), detach()>(s, begin, end, most, row, column_shares,
-                                                 slopes + i, slopes + k.first, s,
-                                                 columns + r * W_ROW);
+                  weigh_row<bounded(), detach()>(s, begin, end, row, column_shares, slopes + i,
+                                                 slopes + k.first, s, columns + r * W_ROW);
                 };
                 if (pass.bounded(q, k))
                   detach_columns ? weigh(std::true_type{}, std::true_type{})
@@ -432,27 +352,27 @@ void backward(const Problem& problem, const float* grad, const T* z, const float
 
 }  // namespace
 
-void instance_spread_forward(const void* z, const float* scale, float* loss, float* log_d, float* o,
-                             float* b_small, float* b_large, int64_t n, int64_t d,
+void instance_spread_forward(const void* z, const float* scale, float* loss, float* log_d,
+                             float* log_o, float* b, float* log_large, int64_t n, int64_t d,
                              double negative_weight, bool normalize, int dtype, int threads) {
   threads = threads_for(2 * n * n * d, threads);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Problem problem(n, d, is_paired<T>(), normalize, negative_weight, *scale);
-    forward<T>(problem, static_cast<const T*>(z), loss, log_d, o, b_small, b_large, threads);
+    forward<T>(problem, static_cast<const T*>(z), loss, log_d, log_o, b, log_large, threads);
   });
 }
 
 void instance_spread_backward(const float* grad, const void* z, const float* scale,
-                              const float* log_d, const float* o, const float* b_small,
-                              const float* b_large, void* grad_z, float* grad_scale, int64_t n,
+                              const float* log_d, const float* log_o, const float* b,
+                              const float* log_large, void* grad_z, float* grad_scale, int64_t n,
                               int64_t d, double negative_weight, bool normalize,
                               bool detach_columns, int dtype, int threads) {
   threads = threads_for(3 * n * n * d, threads);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Problem problem(n, d, is_paired<T>(), normalize, negative_weight, *scale);
-    backward<T>(problem, grad, static_cast<const T*>(z), log_d, o, b_small, b_large,
+    backward<T>(problem, grad, static_cast<const T*>(z), log_d, log_o, b, log_large,
                 static_cast<T*>(grad_z), grad_scale, detach_columns, threads);
   });
 }

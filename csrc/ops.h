@@ -1,5 +1,6 @@
-// Every kernel of csrc/, one block per operation. Pointers are to contiguous arrays; `threads` is
-// the number of OpenMP threads; `dtype` is the storage type of the arrays passed as void*.
+// Every kernel of csrc/, one block per operation. Pointers are to contiguous
+// arrays; `threads` is the number of OpenMP threads; `dtype` is the storage
+// type of the arrays passed as void*.
 #pragma once
 
 #include <cstdint>
@@ -71,7 +72,8 @@ void queue_push(void* queue,       // (M, D)
                 const void* keys,  // (B, D)
                 int64_t m, int64_t b, int64_t d, int queue_dtype, int key_dtype, int threads);
 
-// ---- similarity_lse.cpp: scale: one float; ids: (N,), (M,) or null; any output may be null
+// ---- similarity_lse.cpp: scale: one float; ids: (N,), (M,) or null; any
+// output may be null
 void similarity_lse_forward(const void* query,  // (N, D)
                             const void* key,    // (M, D)
                             const float* scale, const int64_t* query_ids, const int64_t* key_ids,
@@ -137,7 +139,8 @@ void self_distillation_backward(const float* grad,           // (N,)
                                 int threads);
 
 // ---- pair_sigmoid.cpp
-// Losses and gradients of one pass: any of the outputs may be null, and so may grad (then it is 1).
+// Losses and gradients of one pass: any of the outputs may be null, and so may
+// grad (then it is 1).
 void pair_sigmoid(const float* grad,   // (N,) or null
                   const void* image,   // (N, D)
                   const void* text,    // (N, D)

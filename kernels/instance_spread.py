@@ -11,9 +11,11 @@ Rows r are 2N views, row r's partner is (r + N) mod 2N, m weighs the negatives (
 
 1 − p is never formed by a subtraction that cancels: only the largest entry of a row can exceed ½,
 and its 1 − p is o_r, the others' share of D_r. To have it, the first pass keeps the largest score
-apart from the sum of the others: (M, rest) with D = exp(M) (1 + rest), o = rest / (1 + rest). An
-entry counts as large (its R goes to b_large and its 1 − p is o) where o < 0.49 and p > ½: in
-between, rounding could name none or two, and there 1 − p does not cancel yet.
+apart from the others, and the largest of these apart from their sum: (M, L, rest) with
+D = exp(M) + exp(L) rest. At τ = 0.01 scores differ by up to 200: o and R are then beyond float32
+and only their logarithms are kept. An entry counts as large (its R goes to log_large and its
+1 − p is o) where o < 0.49 and p > ½: in between, rounding could name none or two, and there 1 − p
+does not cancel yet.
 For m < 1 an entry may exceed m; the loss is then not defined, and NaN.
 
 D, then the loss and B from it: two passes over the tiles (2G), one backward (2G). A program owns a
@@ -88,7 +90,7 @@ def _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE: tl.con
 @triton.jit(do_not_specialize=["rows", "chunks", "chunk"])
 def shares_kernel(
     Z, SCALE, FACTOR,
-    PART,  # (2, chunks, 2N) out: M, log₂, and rest over a chunk of columns
+    PART,  # (3, chunks, 2N) out: M and L, log₂, and rest over a chunk of columns
     OWN,  # (2N,) out: the partner's score, log₂
     log2_m, rows, D, chunks, chunk,
     NORMALIZE: tl.constexpr,
@@ -107,6 +109,7 @@ def shares_kernel(
     if WHOLE_D:
         z = load_tile(Z, start, rows, D, d, BLOCK_N, True)
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    low = tl.full([BLOCK_N], float("-inf"), tl.float32)
     rest = tl.zeros([BLOCK_N], tl.float32)
     first = c * chunk
     for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(rows, BLOCK_M))):
@@ -134,54 +137,59 @@ def shares_kernel(
         top = tl.max(s, axis=1)
         # The others of the tile: all that lie below its largest, and what equals it but one.
         below = s < top[:, None]
-        others = tl.sum(tl.where(below, tl.exp2(s - finite(top)[:, None]), 0.0), axis=1)
-        others += tl.sum(tl.where(below, 0.0, 1.0), axis=1) - 1.0
-        m, rest = _with_tile(m, rest, top, others)
+        again = tl.sum(tl.where(below, 0.0, 1.0), axis=1) - 1.0
+        second = tl.where(again > 0.0, top, tl.max(tl.where(below, s, float("-inf")), axis=1))
+        others = tl.sum(tl.where(below, tl.exp2(s - finite(second)[:, None]), 0.0), axis=1) + again
+        m, low, rest = _with_tile(m, low, rest, top, second, others)
     at = PART + wide(c) * rows + i
     tl.store(at, m, mask=i < rows)
-    tl.store(at + wide(chunks) * rows, rest, mask=i < rows)
+    tl.store(at + wide(chunks) * rows, low, mask=i < rows)
+    tl.store(at + 2 * wide(chunks) * rows, rest, mask=i < rows)
 
 
 @triton.jit
-def _with_tile(m, rest, top, others):
-    """(M, rest) of two sets of scores together: the smaller of the maxima joins the rest."""
-    new = tl.maximum(m, top)
+def _with_tile(m, low, rest, top, second, others):
+    """(M, L, rest) of two sets of scores together: the smaller of the maxima joins the others."""
+    smaller = tl.minimum(m, top)
+    new = tl.maximum(tl.maximum(low, second), smaller)
     reference = finite(new)
-    a, b = tl.exp2(m - reference), tl.exp2(top - reference)
-    # A set with no score has M = −∞ and adds nothing; others may be anything there.
-    rest = tl.where(m > float("-inf"), rest * a, 0.0) + tl.where(
-        top > float("-inf"), others * b, 0.0
-    )
-    return new, rest + tl.minimum(a, b)
+    # A set without others has L = −∞ and adds none; rest and others may be anything there.
+    rest = tl.where(low > float("-inf"), rest * tl.exp2(low - reference), 0.0)
+    rest += tl.where(second > float("-inf"), others * tl.exp2(second - reference), 0.0)
+    return tl.maximum(m, top), new, rest + tl.exp2(smaller - reference)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks"])
 def finish_shares_kernel(
     PART, OWN,
-    LOG_D, O, OWN_LOSS,  # (2N,) out; −log p_r,partner
+    LOG_D, LOG_O, OWN_LOSS,  # (2N,) out; −log p_r,partner
     rows, chunks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = tl.full([BLOCK], float("-inf"), tl.float32)
+    low = tl.full([BLOCK], float("-inf"), tl.float32)
     rest = tl.zeros([BLOCK], tl.float32)
     for c in tl.range(0, chunks):
         at = PART + wide(c) * rows + i
         top = tl.load(at, mask=i < rows, other=0.0)
-        others = tl.load(at + wide(chunks) * rows, mask=i < rows, other=0.0)
-        m, rest = _with_tile(m, rest, top, others)
-    # log(1 + rest); rest is small where one entry has all, large otherwise.
+        second = tl.load(at + wide(chunks) * rows, mask=i < rows, other=0.0)
+        others = tl.load(at + 2 * wide(chunks) * rows, mask=i < rows, other=0.0)
+        m, low, rest = _with_tile(m, low, rest, top, second, others)
+    # log(1 + rest), rest now in units of exp(M): small where one entry has all, large otherwise.
+    log2_rest = tl.log2(rest) + (low - m)
+    rest = tl.exp2(log2_rest)
     log_rest = tl.where(rest < 1.0, log1p_of(tl.minimum(rest, 1.0)), tl.log2(1.0 + rest) * LN2)
     own = tl.load(OWN + i, mask=i < rows, other=0.0)
     tl.store(LOG_D + i, m * LN2 + log_rest, mask=i < rows)
-    tl.store(O + i, rest / (1.0 + rest), mask=i < rows)
+    tl.store(LOG_O + i, log2_rest * LN2 - log_rest, mask=i < rows)
     tl.store(OWN_LOSS + i, log_rest + (m - own) * LN2, mask=i < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks", "chunk"])
 def loss_kernel(
-    Z, SCALE, FACTOR, LOG_D, O,
-    PART,  # (3, chunks, 2N) out: Σ log(1 − p/m), Σ R, and the large R, over a chunk of columns
+    Z, SCALE, FACTOR, LOG_D, LOG_O,
+    PART,  # (3, chunks, 2N) out: Σ log(1 − p/m), Σ R, and the large log R, over a chunk of columns
     log2_m, weight, rows, D, chunks, chunk,
     NORMALIZE: tl.constexpr,
     WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -196,9 +204,10 @@ def loss_kernel(
     if NORMALIZE:
         f *= tl.load(FACTOR + i)
     log2_d = tl.load(LOG_D + i, mask=i < rows, other=0.0) * LOG2E
-    o = tl.load(O + i, mask=i < rows, other=1.0)
+    log_o = tl.load(LOG_O + i, mask=i < rows, other=0.0)
+    o = tl.exp2(log_o * LOG2E)
     has_large = o < LARGE_SHARE
-    large_rest = tl.log2((o + (weight - 1.0)) / weight) * LN2
+    large_rest = tl.where(weight == 1.0, log_o, tl.log2((o + (weight - 1.0)) / weight) * LN2)
     d = tl.arange(0, BLOCK_D)
     if WHOLE_D:
         z = load_tile(Z, start, rows, D, d, BLOCK_N, True)
@@ -232,7 +241,8 @@ def loss_kernel(
         log_rest += tl.sum(log1p_of(-p / weight), axis=1)
         small += tl.sum(p / (weight - p), axis=1)
     log_rest += tl.where(large > 0.0, large_rest, 0.0)
-    large = tl.where(large > 0.0, (1.0 - o) / (o + (weight - 1.0)), 0.0)
+    log_large = log1p_of(-tl.minimum(o, 0.5)) - large_rest - log2_m * LN2
+    large = tl.where(large > 0.0, log_large, float("-inf"))
     at = PART + wide(c) * rows + i
     tl.store(at, log_rest, mask=i < rows)
     tl.store(at + wide(chunks) * rows, small, mask=i < rows)
@@ -241,44 +251,51 @@ def loss_kernel(
 
 @triton.jit(do_not_specialize=["rows", "chunks"])
 def finish_loss_kernel(
-    PART, OWN_LOSS, LOSS, B_SMALL, B_LARGE, weight, rows, chunks, BLOCK: tl.constexpr
+    PART, OWN_LOSS, LOSS, B, LOG_LARGE, weight, rows, chunks, BLOCK: tl.constexpr
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     log_rest = tl.zeros([BLOCK], tl.float32)
     small = tl.zeros([BLOCK], tl.float32)
-    large = tl.zeros([BLOCK], tl.float32)
+    large = tl.full([BLOCK], float("-inf"), tl.float32)
     for c in tl.range(0, chunks):
         at = PART + wide(c) * rows + i
         log_rest += tl.load(at, mask=i < rows, other=0.0)
         small += tl.load(at + wide(chunks) * rows, mask=i < rows, other=0.0)
-        large += tl.load(at + 2 * wide(chunks) * rows, mask=i < rows, other=0.0)
+        large = tl.maximum(large, tl.load(at + 2 * wide(chunks) * rows, mask=i < rows, other=0.0))
     own = tl.load(OWN_LOSS + i, mask=i < rows, other=0.0)
     tl.store(LOSS + i, own - weight * log_rest, mask=i < rows)
-    tl.store(B_SMALL + i, small, mask=i < rows)
-    tl.store(B_LARGE + i, large, mask=i < rows)
+    tl.store(B + i, small, mask=i < rows)
+    tl.store(LOG_LARGE + i, large, mask=i < rows)
 
 
 @triton.jit
-def _weights(s, partner, log2_d, o, small, large, weight, special):
+def _weights(s, partner, log2_d, log_o, b, log_large, weight, special):
     """G of a tile; the vectors come with the shape of the rows they belong to, (·, 1) or (1, ·).
 
-    With q = 1 − p, free of cancellation, and B' = B without the entry's own R:
-    p (1 − m B') + m R q on a negative, −q − m p B on the partner.
+    With q = 1 − p, free of cancellation, and R' the one large R, or 0:
+    p (1 − m B) − m p R' + m R on a negative, of which the large one is p (1 − m B) + m R q, and
+    −q − m p B − m p R' on the partner. p R' is at most 1 where p and R' are out of range: it is
+    made from e = p max(R', 1).
     """
-    p = tl.exp2(s - log2_d)
-    is_large = (p > 0.5) & (o < LARGE_SHARE)
-    q = tl.where(is_large, o, 1.0 - p)
-    ratio = p / (weight - 1.0 + q)
-    others = tl.where(is_large, small, small + large - ratio)
-    g = p * (1.0 - weight * others) + weight * ratio * q
+    x = s - log2_d
+    lift = tl.maximum(log_large, 0.0) * LOG2E
+    e = tl.exp2(x + lift)
+    p = e * tl.exp2(-lift)
+    p_large = e * tl.exp2(log_large * LOG2E - lift)
+    o = tl.exp2(log_o * LOG2E)
+    is_large = (x > -1.0) & (o < LARGE_SHARE)
+    g = p * (1.0 - weight * b) - weight * p_large + weight * p / (weight - p)
+    ratio_q = tl.where(weight == 1.0, 1.0 - o, weight * (1.0 - o) * o / (weight - 1.0 + o))
+    g = tl.where(is_large, (1.0 - o) * (1.0 - weight * b) + ratio_q, g)
     if special:
-        g = tl.where(partner, -q - weight * p * (small + large), g)
+        own = tl.where(is_large, -o - weight * (1.0 - o) * b, p - 1.0 - weight * (p * b + p_large))
+        g = tl.where(partner, own, g)
     return g
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "chunk"])
 def gradient_kernel(
-    Z, SCALE, FACTOR, GRAD, LOG_D, O, B_SMALL, B_LARGE,
+    Z, SCALE, FACTOR, GRAD, LOG_D, LOG_O, B, LOG_LARGE,
     BOUNDS,  # (4,) from _weighted_sums.bounds_kernel, if USE_BOUNDS
     PART,  # (splits, 2N, D) out: u over a part of the columns
     log2_m, weight, rows, D, splits, chunk,
@@ -303,9 +320,9 @@ def gradient_kernel(
     if USE_BOUNDS:
         up = tl.exp2(tl.load(BOUNDS + 3) - HEADROOM)
     log2_d = tl.load(LOG_D + i, mask=i < rows, other=0.0) * LOG2E
-    o = tl.load(O + i, mask=i < rows, other=1.0)
-    small = tl.load(B_SMALL + i, mask=i < rows, other=0.0)
-    large = tl.load(B_LARGE + i, mask=i < rows, other=0.0)
+    log_o = tl.load(LOG_O + i, mask=i < rows, other=0.0)
+    b = tl.load(B + i, mask=i < rows, other=0.0)
+    log_large = tl.load(LOG_LARGE + i, mask=i < rows, other=float("-inf"))
     g = tl.load(GRAD + i, mask=i < rows, other=0.0)
     d = tl.arange(0, BLOCK_D)
     v = v_start + tl.arange(0, BLOCK_V)
@@ -335,7 +352,14 @@ def gradient_kernel(
         s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
         partner = _is_partner(i, j, rows)
         w = g[:, None] * _weights(
-            s, partner, log2_d[:, None], o[:, None], small[:, None], large[:, None], weight, special
+            s,
+            partner,
+            log2_d[:, None],
+            log_o[:, None],
+            b[:, None],
+            log_large[:, None],
+            weight,
+            special,
         )
         if OTHER:
             inside = j < rows
@@ -343,9 +367,9 @@ def gradient_kernel(
                 s,
                 partner,
                 (tl.load(LOG_D + j, mask=inside, other=0.0) * LOG2E)[None, :],
-                tl.load(O + j, mask=inside, other=1.0)[None, :],
-                tl.load(B_SMALL + j, mask=inside, other=0.0)[None, :],
-                tl.load(B_LARGE + j, mask=inside, other=0.0)[None, :],
+                tl.load(LOG_O + j, mask=inside, other=0.0)[None, :],
+                tl.load(B + j, mask=inside, other=0.0)[None, :],
+                tl.load(LOG_LARGE + j, mask=inside, other=float("-inf"))[None, :],
                 weight,
                 special,
             )
@@ -362,15 +386,16 @@ def gradient_kernel(
 def forward(
     z: torch.Tensor, scale: torch.Tensor, *, negative_weight: float, normalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z (2N, D), scale () -> loss, log D, o, and B in two parts, each (2N,) float32."""
+    """z (2N, D), scale () -> loss, log D, log o, B of the entries up to ½ and log R of one above
+    (or −∞), each (2N,) float32."""
     configs.assert_supported(z)
     kernels = "instance_spread_shares", "instance_spread_loss"
     (z,) = whole_blocks(z, kernels=kernels, ids=False)
     rows, d = z.shape
     new = dict(dtype=torch.float32, device=z.device)
-    loss, log_d, o, b_small, b_large, own, own_loss = (torch.empty(rows, **new) for _ in range(7))
+    loss, log_d, log_o, b, log_large, own, own_loss = (torch.empty(rows, **new) for _ in range(7))
     if rows == 0:
-        return loss, log_d, o, b_small, b_large
+        return loss, log_d, log_o, b, log_large
     weight, log2_m = float(negative_weight), math.log2(negative_weight)
     factor = row_factors(z) if normalize else None
     finish = (triton.cdiv(rows, 128),)
@@ -378,26 +403,26 @@ def forward(
         options = options_of("instance_spread_shares", z, ids=False)
         blocks = triton.cdiv(rows, options["BLOCK_N"])
         chunks, chunk = chunk_of(z, blocks, triton.cdiv(rows, options["BLOCK_M"]))
-        part = torch.empty(2, chunks, rows, **new)
+        part = torch.empty(3, chunks, rows, **new)
         shares_kernel[(blocks * chunks,)](
             z, scale, factor, part, own, log2_m, rows, d, chunks, chunk,
             NORMALIZE=normalize, **options,
         )  # fmt: skip
         finish_shares_kernel[finish](
-            part, own, log_d, o, own_loss, rows, chunks, BLOCK=128, num_warps=4
+            part, own, log_d, log_o, own_loss, rows, chunks, BLOCK=128, num_warps=4
         )
         options = options_of("instance_spread_loss", z, ids=False)
         blocks = triton.cdiv(rows, options["BLOCK_N"])
         chunks, chunk = chunk_of(z, blocks, triton.cdiv(rows, options["BLOCK_M"]))
         part = torch.empty(3, chunks, rows, **new)
         loss_kernel[(blocks * chunks,)](
-            z, scale, factor, log_d, o, part, log2_m, weight, rows, d, chunks, chunk,
+            z, scale, factor, log_d, log_o, part, log2_m, weight, rows, d, chunks, chunk,
             NORMALIZE=normalize, **options,
         )  # fmt: skip
         finish_loss_kernel[finish](
-            part, own_loss, loss, b_small, b_large, weight, rows, chunks, BLOCK=128, num_warps=4
+            part, own_loss, loss, b, log_large, weight, rows, chunks, BLOCK=128, num_warps=4
         )
-    return loss, log_d, o, b_small, b_large
+    return loss, log_d, log_o, b, log_large
 
 
 def backward(
@@ -405,9 +430,9 @@ def backward(
     z: torch.Tensor,
     scale: torch.Tensor,
     log_d: torch.Tensor,
-    o: torch.Tensor,
-    b_small: torch.Tensor,
-    b_large: torch.Tensor,
+    log_o: torch.Tensor,
+    b: torch.Tensor,
+    log_large: torch.Tensor,
     *,
     negative_weight: float,
     normalize: bool,
@@ -429,7 +454,7 @@ def backward(
         # Only the shift for weights up to max g is read.
         bounds = weights_bounds((log_d, grad), None, z, z, factor, factor)
         gradient_kernel[(blocks * splits * features,)](
-            z, scale, factor, grad, log_d, o, b_small, b_large, bounds, part,
+            z, scale, factor, grad, log_d, log_o, b, log_large, bounds, part,
             math.log2(negative_weight), float(negative_weight), rows, d, splits, chunk,
             OTHER=not detach_columns, NORMALIZE=normalize, USE_BOUNDS=bounds is not None, **options,
         )  # fmt: skip

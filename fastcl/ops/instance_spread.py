@@ -43,9 +43,9 @@ class Cpp:
         z: Tensor,
         scale: Tensor,
         log_d: Tensor,
-        o: Tensor,
-        b_small: Tensor,
-        b_large: Tensor,
+        log_o: Tensor,
+        b: Tensor,
+        log_large: Tensor,
         *,
         negative_weight: float,
         normalize: bool,
@@ -53,7 +53,7 @@ class Cpp:
     ) -> tuple[Tensor, Tensor]:
         grad_z, grad_scale = torch.empty_like(z), torch.empty_like(scale)
         _C.kernels.instance_spread_backward(
-            *map(pointer, (grad, z, scale, log_d, o, b_small, b_large, grad_z, grad_scale)),
+            *map(pointer, (grad, z, scale, log_d, log_o, b, log_large, grad_z, grad_scale)),
             *(*z.shape, negative_weight, normalize, detach_columns),
             *(DTYPE_CODES[z.dtype], torch.get_num_threads()),
         )
@@ -63,10 +63,10 @@ class Cpp:
 def run_forward(
     z: Tensor, scale: Tensor, negative_weight: float, normalize: bool, detach_columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    loss, log_d, o, b_small, b_large = implementation(WORD, z, Cpp).forward(
+    loss, log_d, log_o, b, log_large = implementation(WORD, z, Cpp).forward(
         *contiguous(z, scale), negative_weight=negative_weight, normalize=normalize
     )
-    return loss, log_d, o, b_small, b_large
+    return loss, log_d, log_o, b, log_large
 
 
 def fake_forward(
@@ -80,15 +80,15 @@ def run_backward(
     z: Tensor,
     scale: Tensor,
     log_d: Tensor,
-    o: Tensor,
-    b_small: Tensor,
-    b_large: Tensor,
+    log_o: Tensor,
+    b: Tensor,
+    log_large: Tensor,
     negative_weight: float,
     normalize: bool,
     detach_columns: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_z, grad_scale = implementation(WORD, z, Cpp).backward(
-        *contiguous(grad, z, scale, log_d, o, b_small, b_large),
+        *contiguous(grad, z, scale, log_d, log_o, b, log_large),
         negative_weight=negative_weight,
         normalize=normalize,
         detach_columns=detach_columns,
@@ -101,9 +101,9 @@ def fake_backward(
     z: Tensor,
     scale: Tensor,
     log_d: Tensor,
-    o: Tensor,
-    b_small: Tensor,
-    b_large: Tensor,
+    log_o: Tensor,
+    b: Tensor,
+    log_large: Tensor,
     negative_weight: float,
     normalize: bool,
     detach_columns: bool,
@@ -133,8 +133,8 @@ instance_spread = define(
     fake_forward,
 )
 instance_spread_backward = define(
-    "instance_spread_backward(Tensor grad, Tensor z, Tensor scale, Tensor log_d, Tensor o, "
-    "Tensor b_small, Tensor b_large, float negative_weight, bool normalize, bool detach_columns) "
+    "instance_spread_backward(Tensor grad, Tensor z, Tensor scale, Tensor log_d, Tensor log_o, "
+    "Tensor b, Tensor log_large, float negative_weight, bool normalize, bool detach_columns) "
     "-> (Tensor, Tensor)",
     run_backward,
     fake_backward,

@@ -28,17 +28,22 @@ def check_rows(z, t, m, *, normalize, blocks="whole", tolerance=None):
     t64 = torch.tensor(t).double().requires_grad_()
     options = dict(negative_weight=m, normalize=normalize)
     with configs.override(**BLOCKS[blocks]):
-        loss, log_d, o, b_small, b_large = instance_spread.forward(z, scale, **options)
-        _, true_log_d, true_o, *true_b = reference.forward(z64.detach(), t64.detach(), **options)
+        results = list(instance_spread.forward(z, scale, **options))
+        loss, log_d, log_o, b, log_large = results
+        _, true_log_d, true_log_o, true_b, true_log_large = reference.forward(
+            z64.detach(), t64.detach(), **options
+        )
         assert_close(log_d, true_log_d, 3e-6, "log_d")
-        assert_close(o, true_o, 2e-5, "o")
-        assert_close(b_small + b_large, true_b[0] + true_b[1], 5e-5, "b")
-        results = [loss, log_d, o, b_small, b_large]
+        assert_close(log_o.exp(), true_log_o.exp(), 2e-5, "o")
+        both, true_both = (
+            x.double() + y.double().exp() for x, y in ((b, log_large), (true_b, true_log_large))
+        )
+        assert_close(both.log1p(), true_both.log1p(), 5e-5, "b")
         for detach in (True, False):
             truth = reference.instance_spread(z64, t64, detach_columns=detach, **options)
             assert_close(loss, truth, 5e-6, "loss", 1e-6)
             grads = instance_spread.backward(
-                grad, z, scale, log_d, o, b_small, b_large, detach_columns=detach, **options
+                grad, z, scale, *results[1:5], detach_columns=detach, **options
             )
             expected = torch.autograd.grad((truth * grad.double().cpu()).sum(), (z64, t64))
             assert grads[0].dtype == z.dtype and grads[1].shape == ()
@@ -84,4 +89,12 @@ def check_large_negative(device):
     z[2] = 5 * z[1] / z[1].norm()
     z[1] = 5 * z[1] / z[1].norm()
     results = check_rows(z, 1.0, 1.0, normalize=False, tolerance=1e-4)
-    assert results[4].max() > 1e6  # b_large
+    assert results[4].max() > 14  # log R
+
+
+def check_small_temperature(device):
+    """τ = 0.01: scores differ by up to 200, so that 1 − p and R are beyond float32."""
+    x, y = (torch.nn.functional.normalize(rows_of(5, 16, torch.float32, device, i)) for i in (0, 1))
+    near = x + 0.02 * y
+    for partner in (x, near, x.roll(1, 0), -x.roll(1, 0)):
+        check_rows(torch.cat([x, partner]), 100.0, 1.0, normalize=True, tolerance=3e-5)

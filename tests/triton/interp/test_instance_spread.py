@@ -35,15 +35,19 @@ def test_negative_that_has_nearly_all_of_its_row():
     cases.check_large_negative("cpu")
 
 
+def test_small_temperature():
+    cases.check_small_temperature("cpu")
+
+
 def test_identical_rows_have_shares_of_one_over_their_number():
     z = torch.nn.functional.normalize(torch.ones(6, 16))
     with cases.configs.override(**cases.BLOCKS["whole"]):
-        _, log_d, o, b_small, b_large = instance_spread.forward(
+        _, log_d, log_o, b, log_large = instance_spread.forward(
             z, torch.tensor(3.0), negative_weight=1.0, normalize=True
         )
     assert torch.allclose(log_d, torch.full((6,), 3.0 + torch.tensor(5.0).log()))
-    assert torch.allclose(o, torch.full((6,), 0.8)) and not b_large.any()
-    assert torch.allclose(b_small, torch.ones(6))  # 4 negatives of (1/5) / (4/5)
+    assert torch.allclose(log_o.exp(), torch.full((6,), 0.8)) and log_large.exp().sum() == 0
+    assert torch.allclose(b, torch.ones(6))  # 4 negatives of (1/5) / (4/5)
 
 
 def test_empty_batch():

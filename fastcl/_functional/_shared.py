@@ -45,7 +45,7 @@ def stays_narrow(query: Tensor, key: Tensor) -> bool:
 
     All at once they would have a copy of twice their size.
     """
-    if key.ndim != 2 or len(key) == 0 or needs_grad(key) or query.dtype == key.dtype:
+    if query.dtype == key.dtype or key.ndim != 2 or len(key) == 0 or needs_grad(key):
         return False
     return torch.promote_types(query.dtype, key.dtype) == query.dtype
 

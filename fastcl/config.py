@@ -342,8 +342,16 @@ def as_dict(run: Run, config: Config) -> dict[str, Any]:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """One `key: value` a line; JSON values are YAML too."""
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+    """One `key: value` a line."""
+    return "".join(f"{key}: {_yaml(value)}\n" for key, value in values.items())
+
+
+def _yaml(value: Any) -> str:
+    """A value as JSON, which is YAML too, but for 1e-06: to YAML a number only as 1.0e-06."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -165,7 +165,11 @@ class Method(nn.Module):
 
     def encoders(self) -> list[nn.Module]:
         """The encoder and its moving averages: what is compiled, and run a few rows at a time."""
-        return [module for module in self.modules() if type(module) is type(self.encoder)]
+        return [
+            module
+            for module in self.modules()
+            if type(module) is type(self.encoder) and hasattr(module, "feature_dim")
+        ]
 
     def whole(self, x: Tensor) -> Tensor:
         """The rows of the whole batch, of which x (N, …) are this process's."""

@@ -21,6 +21,8 @@ BOUNDED_RANGE = tl.constexpr(100.0)
 PADDING = 256
 NORM_CLAMP = tl.constexpr(1e-12)
 
+Pair = tuple[torch.Tensor | None, torch.Tensor | None]  # of x and of y, or of query and key
+
 
 @triton.jit
 def wide(i):
@@ -118,3 +120,7 @@ def row_factors(x: torch.Tensor) -> torch.Tensor:
         x, factor, n, d, padded, BLOCK=block, BLOCK_D=block_d, num_warps=4
     )
     return factor
+
+
+def factors_of(x: torch.Tensor, y: torch.Tensor, normalize: bool) -> Pair:
+    return (row_factors(x), row_factors(y)) if normalize else (None, None)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastcl.kernels import configs
 from fastcl.kernels._tiles import wide
-from fastcl.kernels._weighted_sums import combine_gradient_kernel
+from fastcl.kernels._weighted_sums import combine
 from fastcl.kernels.similarity_lse import chunk_of
 
 # (rows of the bank, features) of a program's tile: 16 elements a thread with 4 warps, that is two
@@ -131,14 +131,12 @@ def backward(
     """grad (N, K) -> grad_query (N, D) in the query's dtype, grad_scale () float32."""
     configs.assert_supported(grad, query, bank)
     (N, D), K = query.shape, index.shape[1]
-    grad_query = torch.empty_like(query)
     if N == 0:
-        return grad_query, torch.zeros_like(scale)
+        return torch.empty_like(query), torch.zeros_like(scale)
     block_k, block_d = blocks_of(D)
     features = triton.cdiv(D, block_d)
     splits, chunk = chunk_of(query, N * features, max(triton.cdiv(K, block_k), 1))
     part = torch.empty(splits, N, D, dtype=torch.float32, device=query.device)
-    dot = torch.empty(N, dtype=torch.float32, device=query.device)  # q_n · u_n
     with torch.cuda.device_of(query):
         backward_kernel[(N * splits * features,)](
             grad,
@@ -155,18 +153,5 @@ def backward(
             ALIGN=math.gcd(D, 8),
             num_warps=WARPS,
         )
-        combine_gradient_kernel[(triton.cdiv(N, 16),)](
-            query,
-            part,
-            scale,
-            grad_query,
-            dot,
-            N,
-            D,
-            splits,
-            NORMALIZE=False,
-            BLOCK=16,
-            BLOCK_D=128,
-            num_warps=4,
-        )
+        grad_query, dot = combine(query, part, scale, False, D)  # dot: q_n · u_n
     return grad_query, dot.sum()

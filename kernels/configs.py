@@ -141,21 +141,21 @@ for _arch in (80, 86):
 # rows and float32 say instead how many registers a thread has; AMD's compiler needs no such word.
 # On sm_90 it serialises the wgmma of sums of short rows (C7513) unless loads are not pipelined;
 # three blocks on a multiprocessor hide them.
-for (_kernel, _arch, _bucket, _size), _row in list(TABLE.items()):
+for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
     _sums = "gradient" in _kernel or "mean" in _kernel
     if _size == 2 and _bucket == 128:
-        TABLE[_kernel, _arch, 64, 2] = _row = dict(_row)
-        if _arch == 90 and _sums:
+        TABLE[_kernel, _where, 64, 2] = _row = dict(_row)
+        if _where == 90 and _sums:
             _row["num_stages"] = 1
     elif _size == 2:
         continue
-    if _arch == 90:
+    if _where == 90:
         if _size == 4 and _sums and not _kernel.startswith("similarity"):
             _row["maxnreg"] = 168 if _kernel.startswith("pair") else 255
         elif _size == 4 and _kernel == "pair_sigmoid_loss":
             _row["maxnreg"] = 128
         continue
-    if _arch == 100 and _size == 4 and not _kernel.startswith("similarity"):
+    if _where == 100 and _size == 4 and not _kernel.startswith("similarity"):
         _row["num_stages"] = 1  # loads kept in flight cost registers that there are not
     if _row["num_warps"] == 4 or (_size == 2 and not _kernel.startswith("similarity_rows")):
         _row["maxnreg"] = 255

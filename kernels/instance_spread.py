@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 
 from fastcl.kernels import configs
+from fastcl.kernels._bounds import weights_bounds
 from fastcl.kernels._tiles import (
     LN2,
     LOG2E,
@@ -44,8 +45,8 @@ from fastcl.kernels._tiles import (
     row_factors,
     wide,
 )
-from fastcl.kernels._weighted_sums import splits_of, sum_options, weights_bounds
-from fastcl.kernels.pair_sigmoid import combine, log1p_of
+from fastcl.kernels._weighted_sums import combine, splits_of, sum_options
+from fastcl.kernels.pair_sigmoid import log1p_of
 from fastcl.kernels.similarity_lse import chunk_of, options_of, whole_blocks
 
 # A row's largest entry is large where the others' share is below this.
@@ -296,7 +297,7 @@ def _weights(s, partner, log2_d, log_o, b, log_large, weight, special):
 @triton.jit(do_not_specialize=["rows", "splits", "chunk"])
 def gradient_kernel(
     Z, SCALE, FACTOR, GRAD, LOG_D, LOG_O, B, LOG_LARGE,
-    BOUNDS,  # (4,) from _weighted_sums.bounds_kernel, if USE_BOUNDS
+    BOUNDS,  # (4,) from _bounds.bounds_kernel, if USE_BOUNDS
     PART,  # (splits, 2N, D) out: u over a part of the columns
     log2_m, weight, rows, D, splits, chunk,
     OTHER: tl.constexpr,  # whether columns carry a gradient

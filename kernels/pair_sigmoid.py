@@ -21,13 +21,9 @@ import triton
 import triton.language as tl
 
 from fastcl.kernels import configs
-from fastcl.kernels._tiles import LN2, LOG2E, in_groups, load_tile, products, row_factors, wide
-from fastcl.kernels._weighted_sums import (
-    combine_gradient_kernel,
-    splits_of,
-    sum_options,
-    weights_bounds,
-)
+from fastcl.kernels._bounds import weights_bounds
+from fastcl.kernels._tiles import LN2, LOG2E, factors_of, in_groups, load_tile, products, wide
+from fastcl.kernels._weighted_sums import combine, splits_of, sum_options
 from fastcl.kernels.similarity_lse import chunk_of, options_of, whole_blocks
 
 
@@ -101,7 +97,7 @@ def loss_kernel(
 def gradient_kernel(
     X, Y, SCALE, BIAS, X_FACTOR, Y_FACTOR,
     GRAD,  # (N,): of x's rows, if OWN; else of y's
-    BOUNDS,  # (4,) from _weighted_sums.bounds_kernel, if USE_BOUNDS
+    BOUNDS,  # (4,) from _bounds.bounds_kernel, if USE_BOUNDS
     PART,  # (splits, NX, D) out: u_i = Σ_j W_ij ŷ_j over a part of y
     SUM_PART,  # (splits, NX) out: Σ_j W_ij, if OWN
     NX, NY, D, splits, chunk, side,
@@ -172,29 +168,6 @@ def gradient_kernel(
     tl.store(at, u, mask=(i < NX)[:, None] & (v < D)[None, :])
 
 
-def _factors(x: torch.Tensor, y: torch.Tensor, normalize: bool):  # type: ignore[no-untyped-def]
-    return (row_factors(x), row_factors(y)) if normalize else (None, None)
-
-
-def combine(
-    x: torch.Tensor, part: torch.Tensor, scale: torch.Tensor, normalize: bool, asked: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """part (splits, N, D) of u -> dx (N, asked) in x's dtype, and <x̂_i, u_i> (N,).
-
-    asked: the features of dx; beyond them x has columns of zeros.
-    """
-    (n, d), splits = x.shape, part.shape[0]
-    dx = torch.empty_like(x)
-    dot = torch.empty(n, dtype=torch.float32, device=x.device)
-    block_d = max(16, min(triton.next_power_of_2(d), 128))
-    block = max(2048 // block_d, 16)
-    combine_gradient_kernel[(triton.cdiv(n, block),)](
-        x, part, scale, dx, dot, n, d, splits,
-        NORMALIZE=normalize, BLOCK=block, BLOCK_D=block_d, num_warps=4,
-    )  # fmt: skip
-    return dx[:, :asked].contiguous(), dot
-
-
 def forward(
     image: torch.Tensor,
     text: torch.Tensor,
@@ -218,7 +191,7 @@ def forward(
     part = torch.empty(chunks, n, dtype=torch.float32, device=image.device)
     with torch.cuda.device_of(image):
         loss_kernel[(blocks * chunks,)](
-            image, text, scale, bias, *_factors(image, text, normalize), part,
+            image, text, scale, bias, *factors_of(image, text, normalize), part,
             n, n, d, chunks, chunk, NORMALIZE=normalize, **options,
         )  # fmt: skip
     return part.sum(0)
@@ -247,7 +220,7 @@ def backward(
     splits, chunk = splits_of(image, blocks * features, triton.cdiv(n, options["BLOCK_Y"]))
     sum_part = torch.empty(splits, n, dtype=torch.float32, device=image.device)
     with torch.cuda.device_of(image):
-        factors = _factors(image, text, normalize)
+        factors = factors_of(image, text, normalize)
         # Of the bounds only the shifts are read, for weights up to 1 and up to max g; they do not
         # depend on a log-sum-exp, in whose place anything may stand.
         bounds = weights_bounds((grad, grad), None, image, text, *factors)

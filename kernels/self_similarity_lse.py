@@ -19,8 +19,10 @@ import torch
 import triton
 
 from fastcl.kernels import configs, similarity_lse
+from fastcl.kernels._bounds import weights_bounds
+from fastcl.kernels._parts import finish
 from fastcl.kernels._tiles import row_factors
-from fastcl.kernels._weighted_sums import gradient, weights_bounds
+from fastcl.kernels._weighted_sums import gradient
 
 
 def forward(
@@ -57,7 +59,7 @@ def forward(
             z, z, scale, factor, factor, ids, ids, row_part,
             n, n, d, 1, 1, first, TILE=tile, **both, **diagonal,
         )  # fmt: skip
-        similarity_lse.finish(
+        finish(
             lse, z, z, scale, (factor, factor), (ids, ids),
             row_part=row_part, column_part=column_part, column_peak=peak,
             running_in=running[launch % 2] if launch > 0 else None,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as nf
 
 from fastcl import checkpoint, evaluate, models, neighbours, train
+from fastcl.config import with_values
 from fastcl.data import DataSplits, TensorSplit, load
 from fastcl.evaluate import PROTOCOLS, Protocol, features, knn, linear_probe
 from fastcl.methods import METHODS
@@ -353,6 +354,33 @@ def test_command_fine_tunes_and_distils(run, capsys):
     _, tuned, distilled = capsys.readouterr().out.splitlines()
     assert tuned == "fine-tuned (quick, 50% of the labels): 100.00%"
     assert distilled == "distilled (τ = 1): 100.00%"
+
+
+def test_simclr_v2_is_fine_tuned_from_the_middle_of_its_head(run, capsys):
+    """With few labels the first layer of the head is part of the network; with all it is not."""
+    method = METHODS["simclr-v2"]
+    values = checkpoint.load(run / "checkpoint.pt")["values"]
+    config = with_values(method.recipes["quick"], values)
+    torch.manual_seed(7)
+    trained = method(method.build_encoder(config, 16), config).eval()
+    values |= dataclasses.asdict(config) | {"method": "simclr-v2"}
+    state = {"values": values, "method": trained.state_dict()}
+    data = load("folder", data_dir=run / "data")
+    images = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        h = trained.encoder(images)
+        for labels, expected in (
+            (0.01, trained.head[1](trained.head[0](h)).relu()),
+            (0.1, trained.head[1](trained.head[0](h)).relu()),
+            (1.0, h),
+        ):
+            body, features, _ = evaluate.load_body(state, data, labels)
+            torch.testing.assert_close(body.eval()(images), expected)
+            assert features == expected.shape[1]
+    checkpoint.save(run / "checkpoint.pt", state)
+    flags = "--k 3 --finetune simclr-v2 --labels 0.5 --epochs 30"
+    assert evaluate.main(["--checkpoint", str(run), *flags.split()]) == 0
+    assert "fine-tuned (simclr-v2, 50% of the labels): " in capsys.readouterr().out
 
 
 def test_load_encoder_restores_weights_and_normalisation(run):

@@ -20,7 +20,7 @@ EXTRAS := train,test,bench,dev
 BUILD_REQUIRES := "setuptools>=77" wheel "pybind11>=2.12" ninja
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench aot sanitize docs lint format build wheel clean
+.PHONY: help train test bench aot sanitize docs lint format build wheel release-check clean
 
 help:
 	@echo "make train   train a method on the embedded images: METHOD=$(METHOD), more flags in ARGS=\"--epochs 5\""
@@ -33,6 +33,7 @@ help:
 	@echo "make format  ruff and clang-format, in place"
 	@echo "make build   compile csrc/ into fastcl/_C"
 	@echo "make wheel   dist/fastcl-*.whl"
+	@echo "make release-check  sdist and wheel, the wheel tested with two releases of torch; others in ARGS=\"--torch 2.12.0\""
 	@echo "make clean   remove what was built; .venv stays"
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, CXX=clang++ the compiler."
 
@@ -72,6 +73,10 @@ build: $(INSTALLED) $(KERNELS)
 wheel: $(INSTALLED)
 	$(PIP) wheel --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
+
+release-check: $(INSTALLED)
+	$(check_compiler)
+	$(PY) tests/release.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -291,7 +291,31 @@ def test_source_distribution_builds_elsewhere(sources: Path, tmp_path: Path) -> 
         assert found, pattern
         assert found <= names
     assert names >= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"}
+    assert names >= {"CITATION.cff", "CONTRIBUTING.md", "fastcl/py.typed"}
     assert not any(name.startswith(("tests", "bench", "build")) for name in names)
+
+
+def test_version_is_the_same_wherever_it_is_said() -> None:
+    """fastcl/_version.py holds it, the package's metadata reads it, a citation repeats it."""
+    import yaml
+
+    from fastcl import __version__
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_public_ci_does_what_ci_run_does() -> None:
+    import yaml
+
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    commands = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
+    assert commands == ["bash .ci/run", "make lint", "make docs", "make release-check"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(f"\n{c.split()[1]}:" in makefile for c in commands if c.startswith("make "))
 
 
 def test_import_loads_no_optional_package() -> None:

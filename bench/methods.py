@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", default="fashion", help=", ".join(DATASETS))
     p.add_argument("--data-dir", type=Path, metavar="FOLDER", help="where the data is")
     p.add_argument("--minutes", type=float, metavar="M", help="stop each training after them")
+    p.add_argument("--recipe", metavar="NAME", help="quick or quick-vit; all that a method has")
     p.add_argument("--output", type=Path, default=Path("runs/bench"), metavar="FOLDER")
     p.add_argument("--again", action="store_true", help="run also what is done in FOLDER")
     p.add_argument("--no-linear", action="store_true", help="skip the linear probes")
@@ -112,12 +113,16 @@ def check(options: argparse.Namespace, flags: list[str]) -> list[tuple[str, str]
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to --output {options.output}: {error.strerror}.") from None
-    return [
+    pairs = [
         (method, recipe)
         for method in options.methods or METHODS
         for recipe in METHODS[method].recipes
         if recipe.startswith("quick")  # some have one more, for another encoder
     ]
+    recipes = {recipe: None for _, recipe in pairs}
+    if options.recipe not in (None, *recipes):
+        raise UsageError(unknown("recipe", options.recipe, recipes))
+    return [pair for pair in pairs if options.recipe in (None, pair[1])]
 
 
 def threads() -> int:

@@ -208,6 +208,7 @@ def test_every_method_runs_by_every_quick_recipe() -> None:
         ("--data-dir /none", "is no folder"),
         ("--minutes 0", "above 0"),
         ("--output /dev/null/x", "cannot write to --output /dev/null/x"),
+        ("--recipe quick-vti", "did you mean quick-vit? Recipes: quick, quick-vit"),
         ("swav -- --output x", "the bench sets it"),
         ("swav -- --data=folder", "the bench sets it"),
     ],
@@ -218,6 +219,16 @@ def test_wrong_usage_is_one_line_and_status_2(given: str, expected: str, capsys)
     (line,) = captured.err.splitlines()
     assert captured.out == "" and expected in line
     assert line.startswith("python -m bench methods: ")
+
+
+def test_one_recipe_of_each_method(tmp_path) -> None:
+    def pairs(*given: str) -> list[tuple[str, str]]:
+        return methods.check(methods.parser().parse_args([*given, "--output", str(tmp_path)]), [])
+
+    assert set(pairs("moco-v3")) == {("moco-v3", "quick-vit"), ("moco-v3", "quick")}
+    assert pairs("moco-v3", "--recipe", "quick") == [("moco-v3", "quick")]
+    assert [method for method, _ in pairs("--recipe", "quick")] == list(METHODS)
+    assert pairs("--recipe", "quick-vit") == [("moco-v3", "quick-vit"), ("dino", "quick-vit")]
 
 
 def test_the_picture_shows_the_accuracies(tmp_path) -> None:

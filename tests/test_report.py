@@ -19,12 +19,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from torch.nn import functional as nf
 
-from fastcl import checkpoint, pictures, report, train, tsne
+from fastcl import checkpoint, pictures, report, train
 from fastcl.data import TensorSplit, load
 from fastcl.evaluate import features, load_encoder
-from fastcl.progress import collapse_sentence, collapse_signs, read_rows
+from fastcl.progress import collapse_sentence, read_rows
 
 CLASSES = ("<b>bold", "$x_1$ & y", "_plain")  # what a page and matplotlib could take for markup
 BROWSER = next(
@@ -290,91 +289,6 @@ def test_evenly_spaced_images_of_a_large_split():
     split = TensorSplit(torch.zeros(25, 3, 8, 8, dtype=torch.uint8), torch.arange(25))
     assert report.evenly(split, 10).labels.tolist() == list(range(0, 25, 3))
     assert report.evenly(split, 25).labels.tolist() == list(range(25))
-
-
-# ---- t-SNE ---------------------------------------------------------------------------------------
-
-
-def test_affinities_have_the_perplexity_asked_for():
-    torch.manual_seed(0)
-    x = torch.randn(200, 8) * torch.rand(200, 1)
-    p = tsne.affinities(x, 20.0)
-    assert float(p.sum()) == pytest.approx(1, abs=1e-5)
-    assert torch.equal(p, p.T) and (p.diagonal() == 0).all()
-    d = torch.cdist(x.double(), x.double()).square()
-    for i in (0, 77):  # the conditional p of row i, from its definition, at some β
-        row = torch.cat((d[i, :i], d[i, i + 1 :]))
-        low, high = 1e-4, 1e6
-        for _ in range(200):
-            beta = (low * high) ** 0.5
-            q = torch.softmax(-beta * row, 0)
-            low, high = (beta, high) if -(torch.xlogy(q, q)).sum() > np.log(20) else (low, beta)
-        others = torch.cat((p[i, :i], p[i, i + 1 :])) * 2 * 200
-        assert (others.double() - q).min() > -1e-5  # the rest is p_i|j
-
-
-def test_slope_is_a_quarter_of_the_gradient():
-    torch.manual_seed(0)
-    p = tsne.affinities(torch.randn(30, 5), 8.0).double()
-    y = torch.randn(30, 2, dtype=torch.float64, requires_grad=True)
-    w = 1 / (1 + (y[:, None] - y).square().sum(-1))
-    q = w / (w.sum() - w.diagonal().sum())
-    divergence = (torch.xlogy(p, p) - p * q.log()).sum()  # p_ii = 0
-    (gradient,) = torch.autograd.grad(divergence, y)
-    assert torch.allclose(4 * tsne.slope(p, y.detach()), gradient, atol=1e-10)
-
-
-def test_clusters_stay_together_and_every_run_is_the_same():
-    torch.manual_seed(0)
-    labels = torch.arange(200) % 5
-    x = nf.normalize(torch.randn(5, 32)[labels] + 0.5 * torch.randn(200, 32), dim=1)
-    y = tsne.tsne(x)
-    assert torch.equal(y, tsne.tsne(x))
-    distance = torch.cdist(y, y).fill_diagonal_(torch.inf)
-    assert (labels[distance.argmin(1)] == labels).all()
-    for odd in (x[:3], torch.ones(40, 8), torch.randn(40, 1)):  # few, equal, on a line
-        assert tsne.tsne(odd).isfinite().all()
-
-
-# ---- collapse ------------------------------------------------------------------------------------
-
-WELL = {
-    "loss": 5.0, "loss_if_collapsed": 6.0, "feature_std": 0.12, "feature_std_even": 0.125,
-    "effective_rank": 40.0, "effective_rank_most": 64,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({}, []),
-        ({"loss": 6.01}, ["the loss sits at 6.000"]),
-        ({"feature_std": 0.01}, ["standard deviation of 1.0e-02 (1.2e-01 when"]),
-        ({"effective_rank": 1.4}, ["effective rank of 1.40 of 64"]),
-        (
-            {"loss": 6.0, "feature_std": 0.0, "effective_rank": 1.0},
-            ["the loss sits at", "they hardly differ", "they fill few directions"],
-        ),
-        ({"loss_if_collapsed": None, "loss": 6.0}, []),
-    ],
-)
-def test_collapse_in_one_plain_sentence(changed, said):
-    row = WELL | changed
-    signs = collapse_signs(row)
-    assert len(signs) == len(said)
-    assert all(part in sign for part, sign in zip(said, signs))
-    sentence = collapse_sentence(row)
-    assert sentence.endswith(".") and "\n" not in sentence
-    assert ("have collapsed" in sentence, "have not collapsed" in sentence) == (
-        bool(said),
-        not said,
-    )
-    assert all(part in sentence for part in said)
-
-
-def test_nothing_is_said_of_no_steps():
-    assert "Nothing can be said" in collapse_sentence({})
-    assert "Nothing can be said" in collapse_sentence(WELL | {"loss": None})
 
 
 # ---- the command line ----------------------------------------------------------------------------

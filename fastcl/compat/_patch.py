@@ -45,7 +45,7 @@ PATCHABLE = {
         ),
     ),
     "open_clip": Library(
-        "open_clip_torch", (3,), (4,), ("open_clip.loss:ClipLoss", "open_clip.loss:SigLipLoss"),
+        "open_clip_torch", (3,), (3, 4), ("open_clip.loss:ClipLoss", "open_clip.loss:SigLipLoss"),
     ),
     "pytorch_metric_learning": Library(
         "pytorch-metric-learning", (2, 9), (2, 10), (

@@ -13,8 +13,10 @@ With g, h the gradients that arrive at row and column,
 
 One pass over the tiles of scores gives rows and columns (G), or rows and means (2G, after which a
 query's gradient needs no tile at all); the gradient kernel is run once for each side that needs
-one (2G each). A program leaves the log-sum-exp of its part of a row, and the parts are added in a
-fixed order: no atomics, the same bits every time. Extra memory O((N + M) D).
+one (2G each). Both from one tile would save G, but a tile of BLOCK_X owned rows would then add 4
+bytes to the other side's sums for every 2 BLOCK_X operations saved: at a tensor core's rate, more
+than an L2 cache takes. A program leaves the log-sum-exp of its part of a row, and the parts are
+added in a fixed order: no atomics, the same bits every time. Extra memory O((N + M) D).
 
 Plain version: fastcl/reference/similarity_lse.py. CPU twin: csrc/similarity_lse.cpp.
 Source: online maximum and sum: Milakov & Gimelshein 2018, arXiv:1805.02867.

@@ -59,6 +59,9 @@ class Run:
         "batch. 0: all",
         at_least=0,
     )
+    timeout: float = option(
+        30.0, "minutes that a process waits for the others, where torchrun started many", above=0
+    )
     workers: int = option(1, "threads (or processes, for files) that prepare batches", at_least=0)
     eval_every: int = option(
         10, "epochs between kNN evaluations; 0: only first and last", at_least=0
@@ -156,6 +159,31 @@ def find_checkpoint(where: str, output: str | None, method: str | None) -> Path:
     if not found:
         raise UsageError(f"nothing to resume: no {RUNS}/{method or ''}*/{NAME}; give --resume RUN")
     return found[-1]
+
+
+def claim_folder(request: Request) -> Path:
+    """The run folder, created. Raises UsageError rather than overwrite another run's checkpoint."""
+    if request.checkpoint is not None:
+        return request.checkpoint.parent
+    run = request.run
+    if run.output is not None:
+        folder = Path(run.output)
+        if (folder / NAME).exists():
+            raise UsageError(
+                f"{folder} holds a run already: go on with --resume {folder}, "
+                "or choose another --output"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    number = 1
+    while True:
+        suffix = "" if number == 1 else f"-{number}"
+        folder = Path(RUNS) / f"{run.method}-{run.data}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def _saved_values(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM between two steps rather than within one."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,7 +19,13 @@ class Interrupt:
 
     A hold that outlasts PATIENCE is cut after all; `clean` is then False. A second Ctrl-C does not
     wait. `signal` is the one that came (SIGTERM is treated alike), 0 before.
+
+    With `agree` (a signal or 0 -> what all processes of the run got) it is raised at the end of the
+    hold in which all of them know, and a second one changes nothing: torchrun kills whom it has
+    waited for in vain.
     """
+
+    agree: Callable[[int], int] | None = None
 
     def __init__(self) -> None:
         self.signal = 0
@@ -41,6 +48,8 @@ class Interrupt:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         again, self.signal = bool(self.signal), number
+        if self.agree is not None:
+            return
         if self.clean or again:
             raise KeyboardInterrupt
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
@@ -63,5 +72,7 @@ class _Hold:
             return  # cut in two: stays unclean
         signal.setitimer(signal.ITIMER_REAL, 0)
         self.interrupt.clean = True
+        if self.interrupt.agree is not None:
+            self.interrupt.signal = self.interrupt.agree(self.interrupt.signal)
         if self.interrupt.signal:
             raise KeyboardInterrupt

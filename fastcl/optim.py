@@ -280,6 +280,19 @@ def split_group(
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
 
 
+def optimizer_of(method: Any, config: Any) -> torch.optim.Optimizer:
+    """The optimizer that a method's Config names, for what the method trains."""
+    optimizer = OPTIMIZERS[config.optimizer](
+        [(name, p) for name, p in method.named_parameters() if p.requires_grad],
+        config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+    )
+    split_group(optimizer, method.fixed_lr(), fixed=True)
+    split_group(optimizer, method.undecayed(), undecayed=True, weight_decay=0.0)
+    return optimizer
+
+
 @torch.no_grad()
 def clip_each_(parameters: Iterable[Tensor], most: float) -> None:
     """Scale the gradient of every parameter, by itself, to a norm of at most `most`: DINO.

@@ -27,14 +27,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from fastcl.config import UsageError
 from fastcl.distributed import Group, gather, share
 from fastcl.methods import Method, Progress
 from fastcl.nn import FeatureQueue, MemoryBank, Partition
 from fastcl.sync_batch_norm import share_batch_norm_
 
 T = TypeVar("T")
+RandomState = tuple[Tensor, list[Tensor]]  # the CPU's, each GPU's
 Loss = Callable[[Sequence[Tensor], Progress], Tensor]
 # Whether each forward pass takes the first rank's buffers; named anew in torch 2.14.
 BUFFERS = next(
@@ -53,6 +56,7 @@ class Processes:
 
     rank, world = 0, 1
     group: Group | None = None
+    device: str | None = None  # where it is not what was asked for
 
     @property
     def first(self) -> bool:
@@ -71,13 +75,32 @@ class Processes:
         """Every process's x."""
         return [x]
 
+    def random_states(self) -> list[RandomState]:
+        """The state of every process's random numbers."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return self.of_each((torch.get_rng_state(), cuda))
+
+    def set_random_states(self, states: list[RandomState]) -> None:
+        """Go on from there. Of another number of processes only the first has where to go on."""
+        if len(states) == self.world or self.first:
+            cpu, cuda = states[self.rank]
+            torch.set_rng_state(cpu)
+            if cuda and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(cuda)
+        if len(states) != self.world and self.first:
+            print(
+                f"resumed on {self.world} processes a run of {len(states)}: "
+                "not bit for bit what it would have been",
+                flush=True,
+            )
+
     def agree(self, signal: int) -> int:
         """The largest signal that any process got: 0 where none got one."""
         return signal
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over processes."""
-        return x
+    def means(self, losses: list[Tensor]) -> list[Tensor]:
+        """Of every loss (), the mean over processes; of such means, they themselves."""
+        return losses
 
     def rows(self, x: Tensor) -> Tensor:
         """All processes' rows x (N, …)."""
@@ -98,9 +121,9 @@ ALONE = Processes()
 class Launched(Processes):
     """The processes that torchrun started."""
 
-    def __init__(self, backend: str, limit: timedelta) -> None:
-        self.limit = limit
-        self.store, self.rank, self.world = next(dist.rendezvous("env://", timeout=limit))
+    def __init__(self, backend: str, device: str, limit: timedelta) -> None:
+        self.device = device
+        self.store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
         self.store.set_timeout(limit)
         dist.init_process_group(
             backend, store=self.store, rank=self.rank, world_size=self.world, timeout=limit
@@ -121,10 +144,12 @@ class Launched(Processes):
             torch.manual_seed(int(state[0]))
         return loss
 
-    def mean(self, x: Tensor) -> Tensor:
-        total = x.clone()
+    def means(self, losses: list[Tensor]) -> list[Tensor]:
+        if not losses:
+            return []
+        total = torch.stack(losses).double()  # in which a mean of equal numbers is that number
         dist.all_reduce(total, group=self.members)
-        return total / self.world
+        return list((total / self.world).to(losses[0].dtype))
 
     @torch.no_grad()
     def rows(self, x: Tensor) -> Tensor:
@@ -208,6 +233,18 @@ class Launched(Processes):
             return True
 
 
+class Silent:
+    """In place of what only the first process has: whatever is asked of it, it does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def launched_first() -> bool:
+    """Whether this process is not one of many, or the first of them."""
+    return os.environ.get("RANK", "0") == "0" or not dist.is_torchelastic_launched()
+
+
 def is_of_an_exchange(error: Exception) -> bool:
     """Whether torch.distributed raised it, rather than the model or the data."""
     signs = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe")
@@ -217,32 +254,45 @@ def is_of_an_exchange(error: Exception) -> bool:
 
 
 @contextmanager
-def started(device: str, minutes: float) -> Iterator[tuple[Processes, str]]:
-    """The processes of this run, and the device of this one; they part at the end.
+def started(device: str, minutes: float) -> Iterator[Processes]:
+    """The processes of this run; they part at the end.
 
-    device "auto" and "cuda" are a GPU for each process. Raises ValueError for too few of them.
+    device "auto" and "cuda" are a GPU for each process. Raises UsageError for too few of them.
     """
     if not dist.is_torchelastic_launched() or os.environ.get("WORLD_SIZE", "1") == "1":
-        yield ALONE, device
+        yield ALONE
         return
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device.startswith("cuda:"):
-        raise ValueError(f"{device} is one GPU, and each process wants its own: take --device cuda")
+        raise UsageError(f"{device} is one GPU, and each process wants its own: take --device cuda")
     if cuda:
         local, local_world = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
         if local_world > torch.cuda.device_count():
-            raise ValueError(
+            raise UsageError(
                 f"{local_world} processes want a GPU each, and there are "
                 f"{torch.cuda.device_count()}: take --device cpu, or fewer --nproc-per-node"
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    processes = Launched("nccl" if cuda else "gloo", timedelta(minutes=minutes))
+    processes = Launched("nccl" if cuda else "gloo", device, timedelta(minutes=minutes))
     try:
-        yield processes, device
+        yield processes
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; auto is cuda where there is one. Raises ValueError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+    return device
 
 
 # ---- a method on many processes ------------------------------------------------------------------
@@ -259,11 +309,8 @@ def share_out(method: Method, group: dist.ProcessGroup) -> Loss:
     for part in method.modules():
         if isinstance(part, Method | FeatureQueue | MemoryBank | Partition):
             part.group = group
-    return DistributedDataParallel(
-        _LossOf(method),
-        process_group=group,
-        **{BUFFERS: False},  # each is kept the same by what changes it
-    )
+    options: dict[str, Any] = {BUFFERS: False}  # each is kept the same by what changes it
+    return DistributedDataParallel(_LossOf(method), process_group=group, **options)
 
 
 class _LossOf(nn.Module):

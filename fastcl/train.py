@@ -5,6 +5,8 @@ run (or takes up a saved one) and `fit` is the loop. The run folder then holds c
 metrics.jsonl (and the same as TensorBoard's events), checkpoint.pt, the one before it, best.pt,
 report.png and report.html.
 
+Under torchrun every process runs this: fastcl.parallel says what they do together.
+
 Exit codes: 0 done; 1 stopped by a loss that is not finite or by a full disk; 2 wrong usage; 130
 Ctrl-C; 143 SIGTERM.
 """
@@ -13,22 +15,22 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcl import checkpoint, report
+from fastcl import checkpoint, parallel, report
 from fastcl.cached import in_chunks_
 from fastcl.compiled import CompileError, compile_
-from fastcl.config import RUNS, Request, UsageError, as_dict, parse, to_yaml
+from fastcl.config import Request, UsageError, as_dict, claim_folder, parse, to_yaml
 from fastcl.data import Loader, TensorSplit, augment, load
 from fastcl.data.splits import summary as unreadable_summary
 from fastcl.evaluate import knn_accuracy, pixel_knn_accuracy
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS, Progress
-from fastcl.optim import OPTIMIZERS, learning_rate, split_group
+from fastcl.optim import learning_rate, optimizer_of
+from fastcl.parallel import ALONE, Processes, RandomState, Silent
 from fastcl.progress import (
     Metrics,
     ProgressBar,
@@ -54,35 +56,52 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with Interrupt() as interrupt:
             try:
-                return _run(request, interrupt)
+                with parallel.started(request.run.device, request.run.timeout) as processes:
+                    return _run(request, interrupt, processes)
             except KeyboardInterrupt:  # before the first step, or while saving
                 return _fail("stopped", 128 + (interrupt.signal or 2))
     except UsageError as error:
-        return _fail(f"error: {error}", 2)
-    except Stopped as error:
-        return _fail(str(error), 1)
+        return _fail(f"error: {error}", 2, parallel.launched_first())
 
 
-def _run(request: Request, interrupt: Interrupt) -> int:
+def _run(request: Request, interrupt: Interrupt, processes: Processes) -> int:
+    """The run itself; how it fails is said by one of its processes."""
+    if processes.world > 1:
+        interrupt.agree = processes.agree
+    trainer = None
     try:
-        trainer = Trainer(request, interrupt)
-    except (ValueError, OSError) as error:  # what data, models and loader say of a wrong value
-        raise UsageError(" ".join(str(error).split())) from None
-    return trainer.fit()
+        try:
+            trainer = Trainer(request, interrupt, processes)
+        except (ValueError, OSError) as error:  # what data, models and loader say of a wrong value
+            raise UsageError(" ".join(str(error).split())) from None
+        return trainer.fit()
+    except UsageError as error:
+        return _fail(f"error: {error}", 2, processes.may_speak())
+    except Stopped as error:
+        return _fail(str(error), 1, processes.may_speak())
+    except RuntimeError as error:
+        if (lost := processes.lost(error)) is None:
+            raise
+        kept = "nothing was trained" if trainer is None else trainer.kept()
+        return _fail(f"{lost}; {kept}", 1, processes.may_speak())
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"fastcl.train: {message}", file=sys.stderr, flush=True)
+def _fail(message: str, code: int, aloud: bool = True) -> int:
+    if aloud:
+        print(f"fastcl.train: {message}", file=sys.stderr, flush=True)
     return code
 
 
 class Trainer:
     """One run: its data, method, optimizer and position."""
 
-    def __init__(self, request: Request, interrupt: Interrupt) -> None:
+    def __init__(
+        self, request: Request, interrupt: Interrupt, processes: Processes = ALONE
+    ) -> None:
         self.run, self.config, self.interrupt = request.run, request.config, interrupt
         run, config = self.run, self.config
-        self.device = _device(run.device)
+        self.processes = processes
+        self.device = parallel.device_of(processes.device or run.device)
         self.data = load(
             run.data,
             data_dir=run.data_dir,
@@ -103,6 +122,7 @@ class Trainer:
                 compile_(encoder)
             if run.micro_batch:
                 in_chunks_(encoder, run.micro_batch)
+        self.loss = processes.share_out(self.method, run.seed)
         self.augmentation = augment.build(
             config.augmentation,
             image_size=image_size,
@@ -119,15 +139,10 @@ class Trainer:
             batch_size=config.batch_size,
             seed=run.seed,
             workers=run.workers,
+            rank=processes.rank,
+            world=processes.world,
         )
-        self.optimizer = OPTIMIZERS[config.optimizer](
-            [(name, p) for name, p in self.method.named_parameters() if p.requires_grad],
-            config.lr,
-            momentum=config.sgd_momentum,
-            weight_decay=config.weight_decay,
-        )
-        split_group(self.optimizer, self.method.fixed_lr(), fixed=True)
-        split_group(self.optimizer, self.method.undecayed(), undecayed=True, weight_decay=0.0)
+        self.optimizer = optimizer_of(self.method, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
 
         self.step = 0  # optimizer steps done
@@ -138,20 +153,17 @@ class Trainer:
         self.last: dict[str, Any] = {}  # the last row of metrics
         self.saved: int | None = None  # the step of checkpoint.pt
 
-        self.folder = _claim_folder(request)
+        self.folder = processes.first_does(lambda: claim_folder(request))
         self.path = self.folder / checkpoint.NAME
         if request.checkpoint is not None:
             self._restore(request)
-            if request.checkpoint != self.path:  # what was damaged or given up must not be kept
-                checkpoint.keep(request.checkpoint, checkpoint.NAME)
-            self._keep()
-        checkpoint.replace_text(self.folder / "config.yaml", to_yaml(as_dict(run, config)))
-        self.metrics = Metrics(
-            self.folder / "metrics.jsonl",
-            None if request.checkpoint is None else self.step,
-            tensorboard=run.tensorboard,
-        )
-        self.bar = ProgressBar(self.steps, self.step)
+        processes.first_does(lambda: self._prepare_folder(request))
+        self.metrics: Metrics | Silent = Silent()
+        self.bar: ProgressBar | Silent = Silent()
+        if processes.first:
+            path, resumed_at = self.folder / "metrics.jsonl", self.saved
+            self.metrics = Metrics(path, resumed_at, tensorboard=run.tensorboard)
+            self.bar = ProgressBar(self.steps, self.step)
 
     # ---- the loop --------------------------------------------------------------------------------
 
@@ -163,7 +175,8 @@ class Trainer:
             f"{config.epochs} epochs of {len(self.loader)} steps -> {self.folder}"
         )
         try:
-            self._evaluate()
+            if self._evaluate() and self.step:  # stopped before it could be saved
+                self._save()
             self._clock()
             while self.step < self.steps:
                 self._place_loader()
@@ -188,7 +201,7 @@ class Trainer:
             raise Stopped(f"{error}; go on without --compile") from None
         except OSError as error:
             reason = error.strerror or str(error)
-            raise Stopped(f"cannot write to {self.folder}: {reason}; {self._kept()}") from None
+            raise Stopped(f"cannot write to {self.folder}: {reason}; {self.kept()}") from None
         finally:
             self.metrics.close()
             self.bar.close()
@@ -205,7 +218,7 @@ class Trainer:
         self.method.train()
         self.optimizer.zero_grad()
         with self._autocast():
-            loss = self.method.loss(views, at)
+            loss = self.loss(views, at)
         self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
@@ -261,6 +274,7 @@ class Trainer:
     def _log(self) -> None:
         """A row of metrics.jsonl. Raises Stopped at the first loss that is not finite."""
         loss = self._read_losses()
+        embedding = self.processes.rows(self.method.embedding)
         now = time.monotonic()
         rate = (self.step - self.since_step) * self.config.batch_size / (now - self.since)
         at = Progress(self.step - 1, len(self.loader), self.config.epochs)
@@ -270,12 +284,12 @@ class Trainer:
             "loss": loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "momentum": self.method.momentum_at(at),
-            "feature_std": feature_std(self.method.embedding),
-            "effective_rank": effective_rank(self.method.embedding),
+            "feature_std": feature_std(embedding),
+            "effective_rank": effective_rank(embedding),
             "images_per_second": round(rate, 1),
             "loss_if_collapsed": self.method.collapsed_loss(),
-            "feature_std_even": self.method.embedding.shape[1] ** -0.5,
-            "effective_rank_most": min(self.method.embedding.shape),
+            "feature_std_even": embedding.shape[1] ** -0.5,
+            "effective_rank_most": min(embedding.shape),
         }
         self.metrics.write(**self.last)
         self.bar.update(self.step, loss, rate)
@@ -284,47 +298,66 @@ class Trainer:
 
     def _read_losses(self) -> float:
         """The mean loss since the last row; the only place where the host waits for the device."""
+        self.losses = self.processes.means(self.losses)
         values = torch.stack(self.losses).float().tolist() if self.losses else []
         for back, value in enumerate(reversed(values)):
             if not math.isfinite(value):
                 bad = self.step - back
         if not all(map(math.isfinite, values)):
-            raise Stopped(
-                f"the loss of step {bad} is {values[bad - self.step - 1]}; {self._kept()}"
-            )
+            raise Stopped(f"the loss of step {bad} is {values[bad - self.step - 1]}; {self.kept()}")
         return sum(values) / max(len(values), 1)
 
     def _clock(self) -> None:
         self.since, self.since_step = time.monotonic(), self.step
 
-    def _evaluate(self) -> None:
-        """kNN before the first step, every `eval_every` epochs and at the end; each once."""
+    def _evaluate(self) -> bool:
+        """kNN before the first step, every `eval_every` epochs and at the end; each once.
+
+        Returns whether it was due.
+        """
         every = self.run.eval_every
         due = self.step in (0, self.steps) or (
             every > 0 and self.step % (every * len(self.loader)) == 0
         )
         if not due or self.step in self.knn or not self.data.labelled:
-            return
+            return False
         row: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
         if self.step == 0 and isinstance(self.data.train, TensorSplit):  # else too many pixels
-            self.raw_pixels = pixel_knn_accuracy(self.data)
+            self.raw_pixels = self.processes.first_does(lambda: pixel_knn_accuracy(self.data))
             row["knn_top1_raw_pixels"] = self.raw_pixels
-        with self._autocast():
-            accuracy = knn_accuracy(
-                self.method.get_submodule(self.method.kept),
-                self.data,
-                normalize=self.augmentation.normalize,
-                device=self.device,
-            )
+        accuracy = self.processes.first_does(self._knn_accuracy)
         with self.interrupt.hold():  # a row whose number is not saved would be written again
             self.metrics.write(**row, knn_top1=accuracy)
             self.knn[self.step] = accuracy
         self.bar.say(f"epoch {self._epoch}: kNN {accuracy:.1%}")
         self._clock()
+        return True
+
+    def _knn_accuracy(self) -> float:
+        with self._autocast():
+            return knn_accuracy(
+                self.method.get_submodule(self.method.kept),
+                self.data,
+                normalize=self.augmentation.normalize,
+                device=self.device,
+            )
+
+    def _prepare_folder(self, request: Request) -> None:
+        if request.checkpoint is not None:
+            if request.checkpoint != self.path:  # what was damaged or given up must not be kept
+                checkpoint.keep(request.checkpoint, checkpoint.NAME)
+            self._keep()
+        values = to_yaml(as_dict(self.run, self.config))
+        checkpoint.replace_text(self.folder / "config.yaml", values)
 
     def _save(self) -> None:
         """checkpoint.pt: everything that the rest of the run depends on."""
         self._read_losses()
+        random = self.processes.random_states()
+        self.processes.first_does(lambda: self._write(random))
+        self.saved = self.step
+
+    def _write(self, random: list[RandomState]) -> None:
         state = {
             "values": as_dict(self.run, self.config),
             "step": self.step,
@@ -334,11 +367,9 @@ class Trainer:
             "losses": [loss.cpu() for loss in self.losses],
             "knn": self.knn,
             "raw_pixels": self.raw_pixels,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": random,
         }
         checkpoint.save(self.path, state)
-        self.saved = self.step
         self._keep()
 
     def _keep(self) -> None:
@@ -371,10 +402,8 @@ class Trainer:
         self.step = self.saved = int(state["step"])
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.knn, self.raw_pixels = state["knn"], state["raw_pixels"]
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
-        if request.changed:
+        self.processes.set_random_states(state["random"])
+        if request.changed and self.processes.first:
             names = ", ".join(sorted(request.changed))
             print(f"resumed with other values than before: {names}", flush=True)
 
@@ -386,10 +415,11 @@ class Trainer:
             try:
                 self._save()
             except OSError as error:
-                raise Stopped(f"stopped; cannot save: {error.strerror}; {self._kept()}") from None
-        return _fail(f"stopped at step {self.step} of {self.steps}; {self._kept()}", 128 + number)
+                raise Stopped(f"stopped; cannot save: {error.strerror}; {self.kept()}") from None
+        message = f"stopped at step {self.step} of {self.steps}; {self.kept()}"
+        return _fail(message, 128 + number, self.processes.may_speak())
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
         """Where the last checkpoint is, and how to go on from it."""
         if self.saved is None:
             return "no checkpoint was written before"
@@ -401,6 +431,8 @@ class Trainer:
     def _summary(self) -> None:
         """The three numbers, and a word if the embeddings collapsed."""
         self.bar.close()
+        if not self.processes.first:
+            return
         if signs := collapse_signs(self.last):
             print(f"note: the embeddings have collapsed: {'; '.join(signs)}")
         if skipped := self.data.unreadable:
@@ -413,44 +445,6 @@ class Trainer:
         print(f"kNN accuracy: {accuracy}\n{self.path}", flush=True)
         if self.run.report:
             print(report.after_training(self.folder, self.data, self.device), flush=True)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name; auto is cuda where there is one. Raises ValueError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
-    return device
-
-
-def _claim_folder(request: Request) -> Path:
-    """The run folder, created. Raises UsageError rather than overwrite another run's checkpoint."""
-    if request.checkpoint is not None:
-        return request.checkpoint.parent
-    run = request.run
-    if run.output is not None:
-        folder = Path(run.output)
-        if (folder / checkpoint.NAME).exists():
-            raise UsageError(
-                f"{folder} holds a run already: go on with --resume {folder}, "
-                "or choose another --output"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    number = 1
-    while True:
-        suffix = "" if number == 1 else f"-{number}"
-        folder = Path(RUNS) / f"{run.method}-{run.data}{suffix}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
         state = loader.state_dict()                 load_state_dict(state) goes on from here
 
 Every random number is a function of (seed, epoch) for the order of the images, of (seed, epoch,
-batch) for the views of a split in memory, and of (seed, epoch, image) for those of a file. So the
-position is two integers, and neither the number of workers nor how far they ran ahead changes it.
+batch) for the views of a split in memory (and of the rank where several share a batch), and of
+(seed, epoch, image) for those of a file. So the position is two integers, and neither the number of
+workers nor how far they ran ahead changes it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Loader:
     """Iterates over the batches of an epoch: (views, labels (B,), indices (B,)).
 
     drop_last   leave out the last batch of an epoch when it is smaller
+    rank, world give the images rank, rank + world, … of each batch: other processes give the others
     workers     threads (split in memory) or processes (files) that prepare batches ahead; 0: none
 
     Iterating goes to the end of the epoch from `batch`, the number of batches that it has already
@@ -55,9 +57,15 @@ class Loader:
         drop_last: bool = True,
         seed: int = 0,
         workers: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if batch_size < world:
+            raise ValueError(
+                f"batch_size {batch_size} is less than the {world} processes there are"
+            )
         if workers < 0:
             raise ValueError(f"workers must not be negative; got {workers}")
         if len(split) < (batch_size if drop_last else 1):
@@ -70,6 +78,7 @@ class Loader:
         self.drop_last = drop_last
         self.seed = seed
         self.workers = workers
+        self.rank, self.world = rank, world
         self.epoch = 0
         self.batch = 0
 
@@ -84,7 +93,8 @@ class Loader:
         order = torch.randperm(
             len(self.split), generator=generator_for(self.seed, ORDER, self.epoch)
         )
-        batches = list(enumerate(torch.split(order, self.batch_size)))[self.batch : len(self)]
+        shares = (whole[self.rank :: self.world] for whole in torch.split(order, self.batch_size))
+        batches = list(enumerate(shares))[self.batch : len(self)]
         produce = self._from_memory if isinstance(self.split, TensorSplit) else self._from_files
         for result in produce(batches):
             self.batch += 1  # before the yield: who saves the position has this batch
@@ -124,7 +134,8 @@ class Loader:
 
     def _augment(self, epoch: int, number: int, indices: Tensor) -> Batch:
         assert isinstance(self.split, TensorSplit)
-        generator = generator_for(self.seed, VIEWS, epoch, number)
+        share = () if self.world == 1 else (self.rank,)
+        generator = generator_for(self.seed, VIEWS, epoch, number, *share)
         views = self.augmentation.views(self.split.images[indices], generator)
         return views, self.split.labels[indices], indices
 

@@ -1,6 +1,6 @@
 """`make release-check`: what would be published, installed and tested with two releases of torch.
 
-    python tests/release.py [--torch 2.13.0 2.14.1]
+    python tests/release.py [--torch 2.13.0 2.14.1] [--wheel dist/fastcl-….whl]
 
 Builds the source distribution, and from it the wheel, into dist/. Then, for each release of torch,
 a virtual environment of its own in build/release, with that torch, the wheel and what it requires,
@@ -75,7 +75,7 @@ def test_with(torch: str, wheel: Path) -> None:
     venv.create(folder / "venv", with_pip=True, symlinks=True)
     python = folder / "venv" / "bin" / "python"
     run(python, *PIP, "install", f"torch=={torch}")
-    run(python, *PIP, "install", wheel, "pytest", "mypy")
+    run(python, *PIP, "install", wheel, "pytest", "hypothesis", "mypy")
     copies = folder / "tests"
     copies.mkdir()
     for name in ("conftest.py", "golden", *TESTS):
@@ -89,8 +89,9 @@ def test_with(torch: str, wheel: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torch", nargs="+", default=TORCH, help="releases of torch")
+    parser.add_argument("--wheel", type=Path, help="test this one; nothing is built")
     chosen = parser.parse_args()
-    wheel = build()
+    wheel = chosen.wheel.resolve() if chosen.wheel else build()
     for torch in chosen.torch:
         print(f"== {wheel.name} with torch {torch}", flush=True)
         test_with(torch, wheel)

@@ -57,6 +57,7 @@ class Processes:
     rank, world = 0, 1
     group: Group | None = None
     device: str | None = None  # where it is not what was asked for
+    launcher = "python"  # what starts them
 
     @property
     def first(self) -> bool:
@@ -123,6 +124,7 @@ class Launched(Processes):
 
     def __init__(self, backend: str, device: str, limit: timedelta) -> None:
         self.device = device
+        self.launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
         self.store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
         self.store.set_timeout(limit)
         dist.init_process_group(
@@ -190,31 +192,32 @@ class Launched(Processes):
     def lost(self, error: Exception) -> str | None:
         if not is_of_an_exchange(error):
             return None
-        gone = self._missing()
-        if not gone:
-            return f"an exchange between the processes failed: {str(error).splitlines()[0]}"
-        names = " and ".join(self._named(rank) for rank in gone)
-        return f"{names} {'has' if len(gone) == 1 else 'have'} died or no longer answer"
+        dead, silent = self._missing()
+        if dead:
+            return f"{' and '.join(map(self._named, dead))} died"
+        if silent:
+            return f"{' and '.join(map(self._named, silent))} did not answer"
+        return f"an exchange between the processes failed: {str(error).splitlines()[0]}"
 
     def _named(self, rank: int) -> str:
         host, pid = self.where[rank]
         return f"rank {rank} of {self.world} (process {pid} on {host})"
 
-    def _missing(self) -> list[int]:
-        """Ranks that are dead, or that have not come here within PATIENCE."""
+    def _missing(self) -> tuple[list[int], list[int]]:
+        """Ranks that are dead, or else those that have not come here within PATIENCE."""
         here = set()
         with suppress(RuntimeError):
             self.store.set(f"{self.prefix}/here/{self.rank}", "")
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             if dead := [rank for rank in range(self.world) if not self._alive(rank)]:
-                return dead
+                return dead, []
             with suppress(RuntimeError):
                 here = {r for r in range(self.world) if self._has_come(r)}
             if len(here) == self.world:
                 break
             time.sleep(0.05)
-        return sorted(set(range(self.world)) - here - {self.rank})
+        return [], sorted(set(range(self.world)) - here - {self.rank})
 
     def _has_come(self, rank: int) -> bool:
         return bool(self.store.check([f"{self.prefix}/here/{rank}"]))

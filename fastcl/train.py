@@ -425,7 +425,7 @@ class Trainer:
             return "no checkpoint was written before"
         return (
             f"the checkpoint of step {self.saved} is {self.path}; "
-            f"go on with: python -m fastcl.train --resume {self.folder}"
+            f"go on with: {self.processes.launcher} -m fastcl.train --resume {self.folder}"
         )
 
     def _summary(self) -> None:

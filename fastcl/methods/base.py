@@ -50,7 +50,9 @@ class Config:
     blur: bool = option(True, "blur, in the lists that have one")
     colours: str = option("rgb", "what the encoder sees: rgb, grey, lab or ycbcr")
     epochs: int = option(200, "passes over the training images", at_least=1)
-    batch_size: int = option(256, "images per step; each gives several views", at_least=2)
+    batch_size: int = option(
+        256, "images per step, of all processes together; each gives several views", at_least=2
+    )
     optimizer: str = option(
         "sgd", "sgd, adamw, lars-simclr, lars-byol, lars-moco-v3, lars-dino or larc"
     )

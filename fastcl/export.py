@@ -15,6 +15,7 @@ the run's colours. What is exported is what the method keeps (DINO: the teacher)
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -27,9 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from fastcl import checkpoint
+from fastcl.config import with_values
 from fastcl.data import load
 from fastcl.data.colours import CHANNELS
 from fastcl.evaluate import restore
+from fastcl.methods import METHODS
 from fastcl.models import SMALL_IMAGE, TORCHVISION
 from fastcl.models.selective import LAYERS as SELECTIVE
 from fastcl.models.vit_dino import SIZES as DINO
@@ -68,7 +71,9 @@ def export(state: dict[str, Any], to: str, output: Path, image_size: int | None 
 
     Raises ValueError where that form has no such encoder, or needs what is not installed.
     """
-    values = state["values"]
+    method = METHODS[state["values"]["method"]]
+    config = with_values(method.recipes["paper"], state["values"])
+    values = state["values"] | dataclasses.asdict(config)
     size: int = image_size or values["image_size"]
     size = size or load(values["data"], data_dir=values["data_dir"]).image_size
     encoder = restore(state, size).eval()

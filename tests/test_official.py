@@ -15,6 +15,7 @@ import torchvision
 from torch import nn
 
 from fastcl import checkpoint, evaluate
+from fastcl.data import DataSplits, TensorSplit
 from fastcl.models import vit_moco_v3
 from fastcl.official import __main__ as command
 from fastcl.official import haiku, load_official
@@ -69,11 +70,18 @@ def in_sequence(*parts):
     return nn.Sequential(*parts)
 
 
-@pytest.mark.parametrize("method", ["moco-v1", "moco-v2"])
-def test_moco(resnet50, method, tmp_path):
+def test_moco_v1(tmp_path):
+    query, key = (moved(torchvision.models.resnet18(num_classes=128), i) for i in (1, 2))
+    state = under("encoder_q.", query) | under("encoder_k.", key)
+    torch.save({"state_dict": state}, tmp_path / "moco.pth.tar")
+    ours, absent = load_official(tmp_path / "moco.pth.tar", "moco-v1")
+    assert absent == ["queue"] and ours.config.backbone == "resnet18"
+    same(in_sequence(ours.encoder, ours.head), query)
+    same(ours.key_encoder, key)
+
+
+def test_moco_v2(resnet50, tmp_path):
     def head():
-        if method == "moco-v1":
-            return nn.Linear(2048, 128)
         return nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 128))
 
     query, key = resnet50(head()), resnet50(head(), scale=0.5)
@@ -83,7 +91,7 @@ def test_moco(resnet50, method, tmp_path):
     file = tmp_path / "moco.pth.tar"
     whole = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}}}
     torch.save(whole, file)
-    ours, absent = load_official(file, method)
+    ours, absent = load_official(file, "moco-v2")
     assert absent == [] and ours.config.backbone == "resnet50"
     same(in_sequence(ours.encoder, ours.head), query)
     same(ours.key_encoder, key)
@@ -195,15 +203,14 @@ def dino_vit():
     return vit
 
 
-@pytest.mark.parametrize("names", ["old", "new"])
-def test_dino_full_checkpoint(dino_vit, names, tmp_path):
+def test_dino_full_checkpoint(dino_vit, tmp_path):
     """Student under DistributedDataParallel, teacher not, the centre, and the script's arguments.
 
     ViT-Ti and 4,096 outputs, to be quick.
     """
     torch.manual_seed(4)
     student, teacher = (Head(192, 4096) for _ in range(2))
-    states = [h.official() if names == "old" else h.state_dict() for h in (student, teacher)]
+    states = [student.official(), teacher.state_dict()]  # of torch before 2.0, and after
     backbone = dino_vit.state_dict()
     center = torch.randn(1, 4096)
     other = {k: 0.5 * v for k, v in backbone.items()}
@@ -439,7 +446,9 @@ def test_command_makes_a_run_folder(small, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("moco-v1, resnet18; the file has no key_encoder, queue\n")
     state = checkpoint.load(tmp_path / "moco" / "checkpoint.pt")
-    encoder = evaluate.restore(state, 224)
+    images = TensorSplit(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2))
+    data = DataSplits("small", images, images, ("a", "b"), 32, (0.5,) * 3, (0.25,) * 3)
+    encoder, _ = evaluate.load_encoder(state, data)  # of images of another size, too
     weights = encoder.state_dict()
     assert all(torch.equal(weights[k], small[f"module.encoder_q.{k}"]) for k in weights)
     assert command.main(command_line) == 2

@@ -157,8 +157,7 @@ def _config(method: str, encoder: Tensors, values: dict[str, Any]) -> tuple[Conf
             f"the encoder of this file, with {len(encoder)} tensors and {first}, is none of those "
             f"that {method} is loaded into: {', '.join(candidates) or 'no transformer'}"
         )
-    image_size = size if kind == "vit" or small else config.image_size
-    return dataclasses.replace(config, backbone=backbone, image_size=image_size, **values), size
+    return dataclasses.replace(config, backbone=backbone, image_size=size, **values), size
 
 
 def _fits(name: str, image_size: int, encoder: Tensors) -> bool:

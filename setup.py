@@ -204,7 +204,7 @@ setup(
     packages=[
         *("fastcl", "fastcl._C", "fastcl._functional", "fastcl.compat", "fastcl.ops"),
         "fastcl.reference",
-        *("fastcl.kernels", "fastcl.data", "fastcl.methods", "fastcl.models"),
+        *("fastcl.kernels", "fastcl.data", "fastcl.methods", "fastcl.models", "fastcl.official"),
     ],
     package_dir={"fastcl.kernels": "kernels"},
     package_data={"fastcl": ["py.typed", "data/*.npz", "data/*.xz", "data/*LICENSE*", "_C/*.json"]},

@@ -15,11 +15,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcl import ops
 from fastcl._functional._shared import paired_dot, row_lse
-from fastcl.distributed import Ring, Share, around, gather, needs_grad, pass_on, scatter_sum
+from fastcl.distributed import (
+    Ring,
+    Share,
+    around,
+    gather,
+    needs_grad,
+    pass_on,
+    process_group,
+    scatter_sum,
+)
 from fastcl.ops.similarity_lse import similarity_lse_backward
 from fastcl.reference._common import NORM_FLOOR
 
@@ -115,8 +125,12 @@ def visited(key: Tensor, at: Share) -> Iterator[tuple[slice, Tensor]]:
 
 def meet(parts: Tensor, at: Share) -> Tensor:
     """Our columns' log-sum-exps (N,) from each rank's parts (total,) of all columns."""
-    everywhere = Share((at.total,) * at.world, at.rank, at.group)
-    return gather(parts, everywhere).view(at.world, at.total)[:, at.own].logsumexp(0)
+    mine = at.counts[at.rank]
+    received = parts.new_empty(at.world, mine)
+    dist.all_to_all_single(
+        received.view(-1), parts, [mine] * at.world, list(at.counts), group=process_group(at)
+    )
+    return received.logsumexp(0)
 
 
 def _ring_backward(

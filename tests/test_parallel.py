@@ -11,12 +11,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+import fastcl.functional as F
 from fastcl.methods import METHODS, Method, Progress
 from fastcl.methods.cmc import Views
 from fastcl.models.norms import replace_batch_norm
@@ -24,6 +26,7 @@ from fastcl.models.patches import PatchEncoder
 from fastcl.optim import OPTIMIZERS
 from fastcl.parallel import share_out
 
+GOLDEN = Path(__file__).parent / "golden"
 WORLDS = 2, 3
 IMAGES, STEPS, SIDE = 40, 3, 12
 SPLIT = {"queue_size": 20, "bn_splits": 6, "batch_size": 12}
@@ -53,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "simsiam": {"dim": 16, "hidden": 8},
     "moco-v3": {"dim": 16, "hidden": 8},
     "dino": {"dim": 16, "hidden": 8, "outputs": 12, "small_crops": 2},
+    "dino centred": {"dim": 16, "hidden": 8, "outputs": 12, "sinkhorn_iterations": 0},
 }
 
 
@@ -110,6 +114,65 @@ def in_channels(method: Method) -> int:
     return 1 if method.config.colours == "grey" else 3
 
 
+def published(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
+    """What rank of two has of the inputs of the official codes' two-rank runs, in float64."""
+    found: dict[str, Any] = {}
+    data = np.load(GOLDEN / "swav_sinkhorn_dist2_b19x2_k300.npz")
+    scores = torch.from_numpy(data[f"scores_rank{rank}"]).double()
+    options = {"epsilon": float(data["eps"]), "iterations": int(data["iters"])}
+    found["codes"] = F.sinkhorn(scores, group=group, **options)
+
+    data = np.load(GOLDEN / "mocov3_loss_dist2_b13x2_d100.npz")
+    q1, q2, k1, k2 = (
+        torch.from_numpy(data[f"{name}_rank{rank}"]).double() for name in ("q1", "q2", "k1", "k2")
+    )
+    tau = float(data["T"])
+    q1.requires_grad_()
+    terms = [F.info_nce(q, k, temperature=tau, group=group) for q, k in ((q1, k2), (q2, k1))]
+    (2 * tau * (terms[0] + terms[1])).backward()
+    found["MoCo v3"] = 2 * tau * (terms[0] + terms[1]).detach(), q1.grad
+
+    data = np.load(GOLDEN / "moco_shufflebn_w2_b6_d24_k36.npz")
+    encoder = nn.Sequential(
+        nn.Linear(20, 20), nn.Unflatten(1, (20, 1, 1)), nn.BatchNorm2d(20), nn.ReLU(), nn.Flatten()
+    )
+    encoder.feature_dim = 20  # type: ignore[assignment]
+    recipe = METHODS["moco-v1"].recipes["paper"]
+    config = dataclasses.replace(recipe, bn_splits=2, dim=24, queue_size=36, momentum=0.99)
+    method = METHODS["moco-v1"](encoder, config).double()
+    queries, keys = method.query_encoder, method.key_encoder
+    with torch.no_grad():
+        for name, place in PLACES.items():
+            for network in (queries, keys):
+                network.get_parameter(place).copy_(torch.from_numpy(data[f"init_{name}"]))
+        method.queue.features.copy_(torch.from_numpy(data["queue_before"]))
+    loss = share_out(method, group)
+    for step in ("s1", "s2"):
+        method.zero_grad()
+        method.agreed = lambda _, step=step: shared(torch.from_numpy(data[f"{step}_perm"]).long())
+        views = [torch.from_numpy(data[f"{step}_{x}"]).double() for x in ("im_q", "im_k")]
+        value = loss([view[6 * rank : 6 * rank + 6] for view in views], Progress(0, 1, 1))
+        value.backward()
+        method.after_backward(Progress(0, 1, 1))
+        gradients = {name: queries.get_parameter(place).grad for name, place in PLACES.items()}
+        found[step] = value.detach(), copy.deepcopy(gradients)
+    found["queue"] = method.queue.features
+    return found
+
+
+# Of the official run's network, in ours.
+PLACES = {
+    **{"l0.weight": "0.0.weight", "bn.weight": "0.2.weight", "bn.bias": "0.2.bias"},
+    **{"fc.weight": "1.weight", "fc.bias": "1.bias"},
+}
+
+
+def shared(order: Tensor) -> Tensor:
+    """A permutation of 12 rows that two ranks have as 0–5 and 6–11, as if they had every other."""
+    place = torch.arange(12).view(2, 6).T.flatten()  # our row n is their row place[n]
+    return place.argsort()[order[place]]
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -124,6 +187,8 @@ def run_rank(rank: int, folder: str) -> None:
             method = made(name)
             loss = share_out(method, group)
             results[name] = trained(method, loss, slice(rank, None, world))
+        if world == 2:
+            results["published"] = published(rank, group)
         torch.save(results, Path(folder) / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -158,8 +223,42 @@ def test_processes_take_the_steps_of_one(results, name: str) -> None:  # type: i
                 *(ranks[0][1][key], expected),
                 rtol=1e-7,
                 atol=1e-7,
-                msg=lambda text, key=key: f"{world} processes, {key}: {text}",
+                msg=lambda text, where=f"{world} processes, {key}": f"{where}: {text}",
             )
+
+
+def test_two_ranks_balance_codes_as_the_official_swav(results) -> None:  # type: ignore[no-untyped-def]
+    data = np.load(GOLDEN / "swav_sinkhorn_dist2_b19x2_k300.npz")
+    codes = torch.cat([results[2, rank]["published"]["codes"] for rank in range(2)])
+    torch.testing.assert_close(codes.float(), torch.from_numpy(data["q_f64"]))
+
+
+def test_two_ranks_have_the_loss_of_the_official_moco_v3(results) -> None:  # type: ignore[no-untyped-def]
+    data = np.load(GOLDEN / "mocov3_loss_dist2_b13x2_d100.npz")
+    for rank in range(2):
+        value, grad = results[2, rank]["published"]["MoCo v3"]
+        expected = torch.from_numpy(data[f"loss_f64_rank{rank}"])
+        torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-7)
+        expected = torch.from_numpy(data[f"grad_q1_rank{rank}"])
+        torch.testing.assert_close(grad.float(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_two_ranks_shuffle_and_queue_keys_as_the_official_moco(results) -> None:  # type: ignore[no-untyped-def]
+    data = np.load(GOLDEN / "moco_shufflebn_w2_b6_d24_k36.npz")
+    ranks = [results[2, rank]["published"] for rank in range(2)]
+    for step in ("s1", "s2"):
+        losses = torch.stack([rank[step][0] for rank in ranks])
+        expected = torch.from_numpy(data[f"{step}_f64_loss_per_rank"])
+        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+        for rank in ranks:  # averaged over ranks
+            for name in PLACES:
+                expected = torch.from_numpy(data[f"{step}_f64_grad_{name}"])
+                torch.testing.assert_close(rank[step][1][name], expected, rtol=1e-5, atol=1e-6)
+    expected = torch.from_numpy(data["f64_queue_after"])
+    pushed = expected[:24].view(2, 2, 6, -1)  # step, rank, row: ours have every other row
+    expected[:24] = pushed.transpose(1, 2).reshape(24, -1)
+    for rank in ranks:
+        torch.testing.assert_close(rank["queue"], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -6,6 +6,8 @@
     ξ ← m ξ + (1 − m) θ,  m from m₀ to 1 by a cosine       after the optimizer's step
 
 Centring keeps one output from winning everywhere, a small τ_t keeps them from becoming all alike.
+With `sinkhorn_iterations` c is instead the one that makes SwAV's codes of the batch, as in the
+paper's ablation: in runs of a thousand steps the moving centre leaves most outputs unused.
 The last layer's rows are directions of unit length (or of a trained length), so that scores are
 cosines. Each gradient is clipped to a norm of its own; the last layer stays fixed for the first
 epoch; weight decay grows by a cosine and leaves biases and norms out. The teacher is what is kept.
@@ -25,13 +27,14 @@ from torch.nn.functional import normalize
 import fastcl.functional as F
 from fastcl import models
 from fastcl.data.colours import CHANNELS
-from fastcl.distributed import average
+from fastcl.distributed import average, whole
 from fastcl.methods import multi_crop
 from fastcl.methods.base import Config as BaseConfig
 from fastcl.methods.base import Progress, option
 from fastcl.methods.multi_crop import LARGE
 from fastcl.nn import DINOHead, momentum_copy
 from fastcl.optim import clip_each_, cosine
+from fastcl.reference._common import in_float
 
 CLIPS = ("each", "global")
 
@@ -66,6 +69,9 @@ class Config(multi_crop.Config):
     start_teacher_temperature: float = option(0.04, "τ_t in the first epoch", above=0)
     teacher_warmup_epochs: int = option(0, "epochs from the one to the other", at_least=0)
     centring: bool = option(True, "the teacher's mean is taken off its outputs")
+    sinkhorn_iterations: int = option(
+        0, "of Sinkhorn, in the centre's place: all outputs used alike; 0: none", at_least=0
+    )
     center_momentum: float = option(0.9, "of the centre", at_least=0)
     momentum: float = option(0.996, "of the teacher, in the first step; 1 in the last")
     clip: str = option("each", "norm of each tensor's gradient, or one global one")
@@ -104,9 +110,14 @@ class DINO(multi_crop.MultiCrop):
             dim=64,
             centred_head=True,
             head_norm=True,
+            head_layers=2,
             outputs=128,
             freeze_last_layer=0.25,
-            momentum=0.97,
+            student_temperature=0.2,
+            teacher_temperature=0.05,
+            start_teacher_temperature=0.05,
+            sinkhorn_iterations=3,  # with the moving centre outputs for 7 directions remain in use
+            momentum=0.9,
         ),
         "quick": Config(
             backbone="tiny-resnet",
@@ -127,9 +138,14 @@ class DINO(multi_crop.MultiCrop):
             dim=64,
             centred_head=True,
             head_norm=True,
+            head_layers=2,
             outputs=128,
             freeze_last_layer=0.25,
-            momentum=0.97,
+            student_temperature=0.2,
+            teacher_temperature=0.05,
+            start_teacher_temperature=0.05,
+            sinkhorn_iterations=3,  # with the moving centre outputs for 7 directions remain in use
+            momentum=0.9,
         ),
     }
     config: Config
@@ -178,17 +194,25 @@ class DINO(multi_crop.MultiCrop):
         student = self.head(self.encode(views))  # (V · N, K)
         self.embedding = normalize(self.head.embedding[: len(views[0])], dim=1)
         count, outputs = len(views[0]), self.config.outputs
+        temperature = self.teacher_temperature(at.epoch)
         loss = F.self_distillation(
             student.view(len(views), count, outputs),
             teacher.view(LARGE, count, outputs),
-            center=self.center,
+            center=self.centre_of(teacher, temperature),
             student_temperature=self.config.student_temperature,
-            teacher_temperature=self.teacher_temperature(at.epoch),
+            teacher_temperature=temperature,
             group=self.group,
         )
-        if self.config.centring:
+        if self.config.centring and not self.config.sinkhorn_iterations:
             self.move_center(teacher)
         return loss
+
+    def centre_of(self, teacher: Tensor, temperature: float) -> Tensor:
+        """c (K,) for the teacher's outputs (2N, K): the moving one, or Sinkhorn's of this batch."""
+        if not self.config.sinkhorn_iterations:
+            return self.center
+        everyone = torch.cat([whole(view, self.group) for view in teacher.chunk(LARGE)])
+        return balance(everyone, temperature, self.config.sinkhorn_iterations)
 
     @torch.no_grad()
     def move_center(self, teacher: Tensor) -> None:
@@ -236,3 +260,18 @@ class DINO(multi_crop.MultiCrop):
 
     def collapsed_loss(self) -> float:
         return math.log(self.config.outputs)
+
+
+@torch.no_grad()
+def balance(outputs: Tensor, temperature: float, iterations: int) -> Tensor:
+    """The centre c (K,) that makes softmax((t − c)/τ) Sinkhorn's codes of outputs t (N, K).
+
+    SwAV's codes, with ε = τ: of a batch, all outputs together get the same mass, within what so
+    many iterations give. Source: Caron et al. 2021, arXiv:2104.14294, ablation of the centre.
+    """
+    s = in_float(outputs) / temperature
+    rows = s.new_zeros(len(s))
+    for _ in range(iterations):
+        columns = (s - rows[:, None]).logsumexp(0)  # (K,)
+        rows = (s - columns).logsumexp(1)  # (N,)
+    return temperature * columns

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax, softmax
 
+import fastcl.functional as F
 from fastcl import models
 from fastcl.methods.base import Progress
 from fastcl.methods.dino import DINO, Config
@@ -130,6 +131,26 @@ def test_loss_at_the_published_size_follows_the_official_code(golden, no_encoder
     )
     assert student.grad.norm().item() == pytest.approx(float(data["grad_student_f64_norm"]), 1e-5)
     np.testing.assert_allclose(method.center[columns], data["center_cols"][0], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_in_the_place_of_the_centre(iterations, no_encoder):
+    """The targets are the codes of SwAV's operation, the teacher's temperature its ε."""
+    torch.manual_seed(0)
+    method = bare(no_encoder, 7, sinkhorn_iterations=iterations, teacher_temperature=0.3).double()
+    method.center.fill_(1.0)  # of no account, and not moved
+    views, teacher = [torch.randn(5, 7).double() for _ in range(3)], torch.randn(10, 7).double()
+    method.teacher = Gives(teacher)
+    codes = F.sinkhorn(teacher, epsilon=0.3, iterations=iterations).view(2, 5, 7)
+    terms = [
+        -(codes[i] * log_softmax(views[v] / 0.1, dim=-1)).sum(-1).mean()
+        for i in range(2)
+        for v in range(3)
+        if i != v
+    ]
+    loss = method.loss(views, AT)
+    torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-6, atol=1e-6)
+    assert (method.center == 1).all()
 
 
 def test_without_centring_the_centre_stays(no_encoder):

@@ -162,8 +162,11 @@ def published(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
 
 # Of the official run's network, in ours.
 PLACES = {
-    **{"l0.weight": "0.0.weight", "bn.weight": "0.2.weight", "bn.bias": "0.2.bias"},
-    **{"fc.weight": "1.weight", "fc.bias": "1.bias"},
+    "l0.weight": "0.0.weight",
+    "bn.weight": "0.2.weight",
+    "bn.bias": "0.2.bias",
+    "fc.weight": "1.weight",
+    "fc.bias": "1.bias",
 }
 
 

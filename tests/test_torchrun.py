@@ -66,9 +66,9 @@ def after_step(folder: Path, step: int) -> None:
     """Waits until metrics.jsonl has a row of that step, or a later one."""
     until = time.monotonic() + 100
     while time.monotonic() < until:
-        if (folder / "metrics.jsonl").exists() and rows(folder):
-            if rows(folder)[-1]["step"] >= step:
-                return
+        written = rows(folder) if (folder / "metrics.jsonl").exists() else []
+        if written and written[-1]["step"] >= step:
+            return
         time.sleep(0.02)
     raise AssertionError("it does not train")
 

@@ -157,20 +157,32 @@ def test_detached_candidates_give_only_the_positive_a_gradient(no_encoder):
     torch.testing.assert_close(z.grad, expected)
 
 
-def test_a_whole_loss_is_the_cross_entropy_over_all_patches():
+SUCCESSOR = {"target_dim": 7, "layer_norm": True, "scale": 0.1}  # CPC v2's
+
+
+@pytest.mark.parametrize("options", [{}, SUCCESSOR, {"context": "gru"}], ids=["v1", "v2", "gru"])
+def test_a_whole_loss_is_the_cross_entropy_over_all_patches(options):
+    """With a layer norm, targets through a linear layer and a factor, if asked for."""
     torch.manual_seed(0)
     config = Config(
         backbone="tiny-resnet", patch=8, stride=4, window=8, image_size=24, steps=2, skip=1,
-        context_blocks=2, context_dim=6,
+        context_blocks=2, context_dim=6, **options,
     )  # fmt: skip
     method = CPC(CPC.build_encoder(config, 24), config).double().eval()
     images = torch.randn(3, 1, 24, 24).double()
     z = method.encoder.grid(images)  # (3, 5, 5, 128)
+    target = z
+    if options == SUCCESSOR:
+        z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        target = z @ method.target.weight.T + method.target.bias
+    dim = target.shape[-1]
     c = method.contexts[0](z)
-    terms = []
-    for k, w in enumerate(method.predictors[0].weight.split(128)):
+    layer, terms = method.predictors[0], []
+    biases = torch.zeros(2, dim) if layer.bias is None else layer.bias.split(dim)
+    for k, (w, b) in enumerate(zip(layer.weight.split(dim), biases, strict=True)):
         ahead = k + 2
-        logits = (c @ w.T)[:, : 5 - ahead].reshape(-1, 128) @ z.reshape(-1, 128).T
+        prediction = config.scale * (c @ w.T + b)[:, : 5 - ahead].reshape(-1, dim)
+        logits = prediction @ target.reshape(-1, dim).T
         label = torch.arange(75).view(3, 5, 5)[:, ahead:].flatten()
         terms.append(cross_entropy(logits, label))
     torch.testing.assert_close(method.loss([images], AT), torch.stack(terms).mean())

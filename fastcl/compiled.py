@@ -26,7 +26,7 @@ def compile_(module: nn.Module) -> None:
         try:
             return compiled(x)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), "no reason")
+            reason = " ".join(str(error).partition("\nSet TORCH")[0].split())[:300]
             raise CompileError(f"torch.compile cannot compile the encoder here: {reason}") from None
 
     module.forward = forward

@@ -5,9 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import normalize
 from test_train import flags, images, rows  # noqa: F401
+from torch import nn
 
 import fastcl.functional as F
 from fastcl.cached import cached, in_chunks_
@@ -56,7 +55,9 @@ def in_place(module, x):
     return module(x)
 
 
-@pytest.mark.parametrize("encode", [lambda m, x: cached(m, x, 16), in_place], ids=["call", "inplace"])
+@pytest.mark.parametrize(
+    "encode", [lambda m, x: cached(m, x, 16), in_place], ids=["call", "inplace"]
+)
 def test_dropout_batch_norm_and_random_numbers_are_those_of_a_loop_over_chunks(encode):
     """Bit for bit: statistics move once, dropout's mask is the same in both passes."""
     module, x = network(norm=True, drop=True), torch.randn(50, 3, 8, 8)
@@ -75,8 +76,8 @@ def test_gradient_is_that_of_the_whole_batch_and_not_of_small_batches():
     assert abs(apart - whole[0]) > 0.1  # what ordinary accumulation would have minimised
 
 
-def quick(method, encoders=None):
-    """The method in float64 with group norm for batch norm in the encoder, on views of 16 pixels."""
+def quick(method):
+    """The method in float64, group norm for batch norm in the encoder, and views of 16 pixels."""
     cls = METHODS[method]
     config = dataclasses.replace(cls.recipes["quick"], **CHANGES.get(method, {}))
     torch.manual_seed(0)
@@ -96,10 +97,14 @@ def test_every_methods_gradients_and_state_are_those_of_the_whole_batch(method):
     results = []
     for rows_at_once in (0, 3):
         made, views = quick(method)
-        passes = []
+        passes: list[int] = []
+
+        def watch(_, given, passes=passes):
+            passes.append(len(given[0]))
+
         for encoder in made.encoders():
             first = next(part for part in encoder.modules() if isinstance(part, nn.Conv2d))
-            first.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+            first.register_forward_pre_hook(watch)
             if rows_at_once:
                 in_chunks_(encoder, rows_at_once)
         torch.manual_seed(1)

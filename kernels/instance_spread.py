@@ -137,10 +137,10 @@ def shares_kernel(
             tl.store(OWN + i, own, mask=met)
         top = tl.max(s, axis=1)
         # The others of the tile: all that lie below its largest, and what equals it but one.
-        below = s < top[:, None]
-        again = tl.sum(tl.where(below, 0.0, 1.0), axis=1) - 1.0
-        second = tl.where(again > 0.0, top, tl.max(tl.where(below, s, float("-inf")), axis=1))
-        others = tl.sum(tl.where(below, tl.exp2(s - finite(second)[:, None]), 0.0), axis=1) + again
+        again = tl.sum(tl.where(s < top[:, None], 0.0, 1.0), axis=1) - 1.0
+        s = tl.where(s < top[:, None], s, float("-inf"))
+        second = tl.where(again > 0.0, top, tl.max(s, axis=1))
+        others = tl.sum(tl.exp2(s - finite(second)[:, None]), axis=1) + again
         m, low, rest = _with_tile(m, low, rest, top, second, others)
     at = PART + wide(c) * rows + i
     tl.store(at, m, mask=i < rows)

@@ -193,6 +193,17 @@ def test_exported_and_traced_losses_give_what_the_real_one_gives(loss: Loss) -> 
     torch.testing.assert_close(graph(x, y), expected)
 
 
+def test_profilers_show_the_operations_by_name() -> None:
+    x, y = views()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = torch.autograd.grad(LOSSES["nt_xent"](x, y).sum(), (x, y))
+    names = {event.key for event in profile.key_averages()}
+    assert {"fastcl::self_similarity_lse", "fastcl::self_similarity_lse_backward"} <= names
+    assert {"fastcl::cosine", "fastcl::cosine_backward"} <= names
+    expected = torch.autograd.grad(LOSSES["nt_xent"](x, y).sum(), (x, y))
+    assert all(map(torch.equal, profiled, expected))
+
+
 class Module(torch.nn.Module):
     def __init__(self, loss: Loss) -> None:
         super().__init__()

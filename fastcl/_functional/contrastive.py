@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastcl import _check as check
 from fastcl import ops
 from fastcl._functional._across import both_across, pairs_across, rows_across
+from fastcl._functional._labels import similarity_to_own_label
 from fastcl._functional._shared import (
     against,
     as_scale,
@@ -18,7 +19,7 @@ from fastcl._functional._shared import (
     row_lse,
     stays_narrow,
 )
-from fastcl.distributed import Group, Share, gather, needs_grad, share, sum_over_ranks
+from fastcl.distributed import Group, Share, gather, needs_grad, share
 from fastcl.reference._common import NORM_FLOOR, in_float
 
 
@@ -222,7 +223,8 @@ def _other_images(z0: Tensor, z1: Tensor, t: Tensor, normalize: bool, at: Share)
     """For both views of each image, the lse over the views of the others (2, N)."""
     z = torch.cat((z0, z1))  # (2N, D)
     if at.group is None:
-        image = torch.arange(at.total, device=z.device).repeat(2)
+        image = torch.arange(at.total, device=z.device)
+        image = torch.cat((image, image))
         lse: Tensor = ops.self_similarity_lse(z, t, image, normalize)
     else:
         images = [at.numbers(rank, z.device).repeat(2) for rank in range(at.world)]
@@ -340,33 +342,12 @@ def sup_con(
         lse = ops.self_similarity_lse(features, t, None, normalize)  # (N,)
     else:
         lse = rows_across(features, features, t, normalize, _numbers(at, features), at)
-    z = in_float(features)
-    if normalize:
-        z = nn.functional.normalize(z, dim=1, eps=NORM_FLOOR)
-    class_sum, size = _sums_by_label(z, labels, at)  # (N, D), (N,)
-    others = size - 1
-    mean = (z * (class_sum - z)).sum(1) / others.clamp_min(1)  # of its similarities to the others
+    mean, others = similarity_to_own_label(features, labels, normalize, at)
     loss = torch.where(others > 0, torch.addcmul(lse, t, mean, value=-1), 0.0)
     if base_temperature is not None:
         check.scalar("sup_con", "base_temperature", base_temperature, positive=True)
         loss = loss / (t * base_temperature)
     return reduce(loss, reduction, at)
-
-
-def _sums_by_label(z: Tensor, labels: Tensor, at: Share) -> tuple[Tensor, Tensor]:
-    """For every row, the sum (N, D) and the number (N,) of all ranks' rows with its label."""
-    names = gather(labels, at).sort().values
-    first = torch.searchsorted(names, labels)
-    size = torch.searchsorted(names, labels, right=True) - first
-    if at.group is not None:  # only as many sums as there are labels travel between the ranks
-        names = names.unique()
-        first = torch.searchsorted(names, labels)
-    sums = z.new_zeros(names.shape[0], z.shape[1])
-    if z.device.type == "cpu":  # torch's deterministic scatter-add differs by device
-        sums = sums.index_add(0, first, z)
-    else:
-        sums = sums.index_put((first,), z, accumulate=True)
-    return sum_over_ranks(sums, at).index_select(0, first), size
 
 
 def siglip(

@@ -22,7 +22,8 @@ class Operation:
 
     The way through the dispatcher and back to Python costs some 20 µs forward and as much backward,
     which is half of a loss of 64 rows. Compilers, modes, function transforms and subclasses need
-    that way and get it. An operation that writes to its arguments tells autograd itself.
+    that way and get it, and profilers, whose traces then have the operation's name. An operation
+    that writes to its arguments tells autograd itself.
     """
 
     def __init__(self, overload: torch._ops.OpOverload, run: Callable[..., Any]) -> None:
@@ -32,18 +33,18 @@ class Operation:
         self.transformable: type[torch.autograd.Function] | None = None  # slower by 15 µs
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or self.function is None:
-            return self.past_autograd(*args)
-        if self.transformable is not None and transformed():
+        if plain(*args) and not torch._C._autograd._profiler_enabled():
+            if self.function is not None and differentiable(args):
+                return self.function.apply(*args)
+            return self.run(*args)
+        compiling = torch.compiler.is_compiling()
+        if self.transformable is not None and not compiling and transformed():
             return self.transformable.apply(*args)
-        if differentiable(args):
-            return self.function.apply(*args)
-        return self.past_autograd(*args)
+        return self.overload(*args)
 
-    def past_autograd(self, *args: Any) -> Any:
-        if not plain(*args):
-            return self.overload(*args)
-        return self.run(*args)
+    def inside(self, *args: Any) -> Any:
+        """What a function transform runs, which has seen to the derivative."""
+        return self.run(*args) if plain(*args) else self.overload(*args)
 
 
 def transformed() -> bool:
@@ -55,7 +56,14 @@ def differentiable(args: tuple[Any, ...]) -> bool:
     """Reverse-mode or forward-mode differentiation may want to know."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float))
 
 
 def plain(*args: Any) -> bool:
@@ -64,8 +72,10 @@ def plain(*args: Any) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state():
         return False
-    tensors = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
-    return all(type(x) in (Tensor, Parameter) for x in tensors if isinstance(x, Tensor))
+    for x in args:  # noqa: SIM110 (a generator takes twice the time, and every call comes here)
+        if type(x) not in PLAIN and (type(x) is not list or not plain(*x)):
+            return False
+    return True
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
@@ -84,6 +94,8 @@ def differentiate(
     name = operation.overload.name()
 
     def once(ctx: Any, *grads: Tensor) -> Any:
+        if grads[0] is None:  # set_materialize_grads(False), by those whose only result that is
+            return (None,) * len(ctx.needs_input_grad)
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():  # create_graph=True: it raises if the graph is used
@@ -98,14 +110,14 @@ def differentiate(
         )
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = operation.past_autograd(*args)
+        output = operation.run(*args)
         setup_context(ctx, args, output)
         return output
 
     operation.function = function(name, forward=forward, backward=once, jvp=jvp)
     operation.transformable = function(
         name,
-        forward=operation.past_autograd,
+        forward=operation.inside,
         setup_context=setup_context,
         backward=once,
         jvp=jvp,
@@ -146,6 +158,6 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors as kernels take them: dense and row-major."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    return [None if t is None else t.contiguous() for t in tensors]

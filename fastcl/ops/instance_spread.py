@@ -114,6 +114,7 @@ def fake_backward(
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, scale, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, scale, *output[1:])
 
 

@@ -31,7 +31,7 @@ class Cpp:
     @staticmethod
     def forward(z: Tensor, scale: Tensor, ids: Tensor | None, *, normalize: bool) -> Tensor:
         n, d = z.shape
-        scale, lse = scale.to(torch.float32), z.new_empty(n, dtype=torch.float32)
+        scale, lse = scale.float(), z.new_empty(n, dtype=torch.float32)
         _C.kernels.self_similarity_lse_forward(
             *map(pointer, (z, scale, ids, lse)),
             *(n, d, normalize, DTYPE_CODES[z.dtype], torch.get_num_threads()),
@@ -43,7 +43,7 @@ class Cpp:
         grad: Tensor, z: Tensor, scale: Tensor, ids: Tensor | None, lse: Tensor, *, normalize: bool
     ) -> tuple[Tensor, Tensor]:
         n, d = z.shape
-        scale = scale.to(torch.float32)
+        scale = scale.float()
         grad_z, grad_scale = torch.empty_like(z), torch.empty_like(scale)
         _C.kernels.self_similarity_lse_backward(
             *map(pointer, (grad, z, scale, ids, lse, grad_z, grad_scale)),

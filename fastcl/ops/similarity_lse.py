@@ -113,7 +113,7 @@ def same_dtype(query: Tensor, key: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     if query.dtype != key.dtype:
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)
-    return query, key, scale.to(torch.float32)
+    return query, key, scale.float()
 
 
 def run_forward(
@@ -278,6 +278,7 @@ def fake_mean(
 def setup_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, _, scale, _, _, ctx.normalize = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, scale, output[1])
 
 

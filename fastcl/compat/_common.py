@@ -120,6 +120,13 @@ def check_distributed(name: str, wanted: bool) -> None:
         raise ValueError(f"{name} is True but torch.distributed is not available.")
 
 
+def everyone() -> torch.distributed.ProcessGroup:
+    """The default process group, which must have been set up."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    return group
+
+
 # ---- the library's own code ----------------------------------------------------------------------
 
 

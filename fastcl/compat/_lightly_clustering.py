@@ -14,6 +14,7 @@ from fastcl.compat._common import (
     as_scalar,
     as_their_dtype,
     check_distributed,
+    everyone,
     fall_back,
     in_float,
     is_positive,
@@ -42,7 +43,7 @@ def sinkhorn(
     if iterations < 1:
         total = (in_float(out) / float(epsilon)).flatten().softmax(0)
         return (total * len(out)).view_as(out).to(out.dtype)
-    group = torch.distributed.group.WORLD if gathers else None
+    group = everyone() if gathers else None
     return F.sinkhorn(out, epsilon=float(epsilon), iterations=iterations, group=group).to(out.dtype)
 
 

@@ -30,6 +30,7 @@ from fastcl.compat._common import (
     as_scalar,
     as_their_dtype,
     check_distributed,
+    everyone,
     fall_back,
     is_positive,
     is_scalar,
@@ -119,7 +120,7 @@ class NTXentLoss(nn.Module):
                 out1,
                 temperature=as_scalar(self.temperature),
                 reduction="none",
-                group=torch.distributed.group.WORLD,
+                group=everyone(),
             ).mean()
         else:
             image = torch.arange(len(out0), device=out0.device).repeat(2)
@@ -188,7 +189,7 @@ class DCLLoss(nn.Module):
                 out1,
                 temperature=as_scalar(self.temperature),
                 reduction="none",
-                group=torch.distributed.group.WORLD,
+                group=everyone(),
             )  # (2N,)
         else:
             image = torch.arange(len(out0), device=out0.device).repeat(2)

@@ -24,6 +24,7 @@ from fastcl.compat._common import (
     against,
     as_scalar,
     as_their_dtype,
+    everyone,
     fall_back,
     in_float,
     is_positive,
@@ -160,7 +161,7 @@ class ClipLoss(nn.Module):
                 with_gradient_times(share, text),
                 logit_scale=t,
                 normalize=False,
-                group=torch.distributed.group.WORLD,
+                group=everyone(),
             )
         if not self.local_loss:  # everybody's mean, with the gradient of this process's part
             mean = loss.detach().clone()
@@ -190,7 +191,7 @@ def one_way(query: Tensor, key: Tensor, t: float | Tensor) -> Tensor:
         key.detach(),
         temperature=inverse,
         normalize=False,
-        group=torch.distributed.group.WORLD,
+        group=everyone(),
     )
 
 
@@ -296,7 +297,7 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None,
     ) -> Tensor:
         """The images of this process, all processes' texts."""
-        world = torch.distributed.group.WORLD
+        world = everyone()
         loss = F.siglip(
             image,
             text,

@@ -68,6 +68,14 @@ class Processes:
         """The loss of this process's rows, whose backward pass averages gradients over all."""
         return method.loss
 
+    def check_chunks(self, batch_size: int) -> None:
+        """Raises ValueError where processes would go through a batch in unequal chunks."""
+        if batch_size % self.world:  # statistics of a chunk are of all processes' rows
+            raise ValueError(
+                f"with micro_batch, the {self.world} processes need a batch_size that is a multiple "
+                f"of their number; got {batch_size}"
+            )
+
     def first_does(self, work: Callable[[], T]) -> T:
         """The result of work, done by the first process only, or what it raises (OSError, …)."""
         return work()

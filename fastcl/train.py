@@ -121,6 +121,7 @@ class Trainer:
             if run.compile:
                 compile_(encoder)
             if run.micro_batch:
+                processes.check_chunks(config.batch_size)
                 in_chunks_(encoder, run.micro_batch)
         self.loss = processes.share_out(self.method, run.seed)
         self.augmentation = augment.build(

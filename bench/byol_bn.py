@@ -128,7 +128,6 @@ def cells(row: Row) -> tuple[str, ...]:
     def number(name: str, form: str) -> str:
         return "" if row.get(name) is None else form.format(row[name])
 
-    state = "collapsed" if row["collapsed"] else row["status"] if row["status"] != "ok" else ""
     return (
         row["placement"],
         *("–" if norm == "none" else norm.upper() for norm in row["norms"]),
@@ -136,8 +135,17 @@ def cells(row: Row) -> tuple[str, ...]:
         number("feature_std", "{:.4f}"),
         number("effective_rank", "{:.1f}"),
         number("loss", "{:.3f}"),
-        state,
+        verdict(row),
     )
+
+
+def verdict(row: Row) -> str:
+    """In a word; "" for a placement that learns."""
+    if row["status"] != "ok":
+        return str(row["status"])
+    if row["collapsed"]:
+        return "collapsed"
+    return "learned nothing" if row["trained"] <= row["untrained"] else ""
 
 
 def markdown(record: dict[str, Any]) -> str:

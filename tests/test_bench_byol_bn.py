@@ -48,11 +48,11 @@ def test_each_placement_is_trained_with_its_norms(tmp_path, monkeypatch, capsys)
 
     def train(folder, name, arguments, minutes):
         asked[name] = dict(zip(arguments[::2], arguments[1::2]))
-        collapsed = name == "nowhere"
+        collapsed, idle = name == "nowhere", name == "encoder"
         return {
             "status": "ok",
             "note": "the embeddings have collapsed: they hardly differ" if collapsed else "",
-            "trained": 0.1 if collapsed else 0.5,
+            "trained": 0.1 if collapsed else 0.2 if idle else 0.5,
             "untrained": 0.2,
             "feature_std": 1e-5,
             "effective_rank": 1.25,
@@ -60,16 +60,19 @@ def test_each_placement_is_trained_with_its_norms(tmp_path, monkeypatch, capsys)
         }
 
     monkeypatch.setattr(byol_bn, "train", train)
-    names = ["everywhere", "nowhere", "nowhere; GN + WS"]
+    names = ["everywhere", "encoder", "nowhere", "nowhere; GN + WS"]
     assert main(["byol-bn", *names, "--epochs", "2", "--output", str(tmp_path / "out")]) == 0
     assert list(asked) == names
     assert all(given["--epochs"] == "2" for given in asked.values())
     for part in ("--encoder-norm", "--projector-norm", "--predictor-norm"):
-        assert [asked[name][part] for name in names] == ["bn", "none", "gn+ws"]
+        assert [asked[name][part] for name in names if name != "encoder"] == ["bn", "none", "gn+ws"]
     record = json.loads((tmp_path / "out" / "byol-bn.json").read_text())
-    assert [row["collapsed"] for row in record["rows"]] == [False, True, False]
+    assert [row["collapsed"] for row in record["rows"]] == [False, False, True, False]
     table = (tmp_path / "out" / "byol-bn.md").read_text()
     assert "| nowhere | – | – | – | 10.0% | 20.0% | 0.0000 | 1.2 | 0.500 | collapsed |" in table
+    assert (
+        "| encoder | BN | – | – | 20.0% | 20.0% | 0.0000 | 1.2 | 0.500 | learned nothing |" in table
+    )
     assert "nowhere: the embeddings have collapsed" in capsys.readouterr().out
 
 

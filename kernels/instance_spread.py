@@ -270,27 +270,33 @@ def finish_loss_kernel(
 
 
 @triton.jit
-def _weights(s, partner, log2_d, log_o, b, log_large, weight, special):
-    """G of a tile; the vectors come with the shape of the rows they belong to, (·, 1) or (1, ·).
+def _terms(log2_d, log_o, b, log_large, weight):
+    """What a row's weights are made of, for `_weights`.
 
     With q = 1 − p, free of cancellation, and R' the one large R, or 0:
-    p (1 − m B) − m p R' + m R on a negative, of which the large one is p (1 − m B) + m R q, and
-    −q − m p B − m p R' on the partner. p R' is at most 1 where p and R' are out of range: it is
-    made from e = p max(R', 1).
+    G = p (1 − m B − m R') + m R on a negative, of which the large one is p (1 − m B) + m R q, and
+    −q − m p B − m p R' on the partner. p R' is at most 1 where p and R' are out of range: both are
+    kept in units of κ = 1 / max(R', 1), p = κ e.
     """
-    x = s - log2_d
     lift = tl.maximum(log_large, 0.0) * LOG2E
-    e = tl.exp2(x + lift)
-    p = e * tl.exp2(-lift)
-    p_large = e * tl.exp2(log_large * LOG2E - lift)
+    kappa = tl.exp2(-lift)
+    slope = kappa * (1.0 - weight * b) - weight * tl.exp2(log_large * LOG2E - lift)
     o = tl.exp2(log_o * LOG2E)
-    is_large = (x > -1.0) & (o < LARGE_SHARE)
-    g = p * (1.0 - weight * b) - weight * p_large + weight * p / (weight - p)
+    limit = tl.where(o < LARGE_SHARE, lift - 1.0, float("inf"))  # log₂ e of p = ½
     ratio_q = tl.where(weight == 1.0, 1.0 - o, weight * (1.0 - o) * o / (weight - 1.0 + o))
-    g = tl.where(is_large, (1.0 - o) * (1.0 - weight * b) + ratio_q, g)
+    own_large = -o - weight * (1.0 - o) * b
+    return log2_d - lift, kappa, slope, limit, own_large + 1.0 + ratio_q, own_large
+
+
+@triton.jit
+def _weights(s, partner, shift, kappa, slope, limit, large, own_large, weight, special):
+    """G of a tile; the vectors come with the shape of the rows they belong to, (·, 1) or (1, ·)."""
+    x = s - shift
+    e = tl.exp2(x)
+    p = kappa * e
+    g = tl.where(x > limit, large, e * slope + weight * p / (weight - p))
     if special:
-        own = tl.where(is_large, -o - weight * (1.0 - o) * b, p - 1.0 - weight * (p * b + p_large))
-        g = tl.where(partner, own, g)
+        g = tl.where(partner, tl.where(x > limit, own_large, e * slope - 1.0), g)
     return g
 
 
@@ -320,10 +326,13 @@ def gradient_kernel(
     up = 1.0
     if USE_BOUNDS:
         up = tl.exp2(tl.load(BOUNDS + 3) - HEADROOM)
-    log2_d = tl.load(LOG_D + i, mask=i < rows, other=0.0) * LOG2E
-    log_o = tl.load(LOG_O + i, mask=i < rows, other=0.0)
-    b = tl.load(B + i, mask=i < rows, other=0.0)
-    log_large = tl.load(LOG_LARGE + i, mask=i < rows, other=float("-inf"))
+    shift, kappa, slope, limit, large, own_large = _terms(
+        tl.load(LOG_D + i, mask=i < rows, other=0.0) * LOG2E,
+        tl.load(LOG_O + i, mask=i < rows, other=0.0),
+        tl.load(B + i, mask=i < rows, other=0.0),
+        tl.load(LOG_LARGE + i, mask=i < rows, other=float("-inf")),
+        weight,
+    )
     g = tl.load(GRAD + i, mask=i < rows, other=0.0)
     d = tl.arange(0, BLOCK_D)
     v = v_start + tl.arange(0, BLOCK_V)
@@ -353,27 +362,22 @@ def gradient_kernel(
         s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
         partner = _is_partner(i, j, rows)
         w = g[:, None] * _weights(
-            s,
-            partner,
-            log2_d[:, None],
-            log_o[:, None],
-            b[:, None],
-            log_large[:, None],
-            weight,
-            special,
-        )
+            s, partner, shift[:, None], kappa[:, None], slope[:, None], limit[:, None],
+            large[:, None], own_large[:, None], weight, special,
+        )  # fmt: skip
         if OTHER:
             inside = j < rows
-            w += tl.load(GRAD + j, mask=inside, other=0.0)[None, :] * _weights(
-                s,
-                partner,
-                (tl.load(LOG_D + j, mask=inside, other=0.0) * LOG2E)[None, :],
-                tl.load(LOG_O + j, mask=inside, other=0.0)[None, :],
-                tl.load(B + j, mask=inside, other=0.0)[None, :],
-                tl.load(LOG_LARGE + j, mask=inside, other=float("-inf"))[None, :],
+            shift_y, kappa_y, slope_y, limit_y, large_y, own_large_y = _terms(
+                tl.load(LOG_D + j, mask=inside, other=0.0) * LOG2E,
+                tl.load(LOG_O + j, mask=inside, other=0.0),
+                tl.load(B + j, mask=inside, other=0.0),
+                tl.load(LOG_LARGE + j, mask=inside, other=float("-inf")),
                 weight,
-                special,
             )
+            w += tl.load(GRAD + j, mask=inside, other=0.0)[None, :] * _weights(
+                s, partner, shift_y[None, :], kappa_y[None, :], slope_y[None, :], limit_y[None, :],
+                large_y[None, :], own_large_y[None, :], weight, special,
+            )  # fmt: skip
         if NORMALIZE:
             w *= (r * up)[None, :]
         else:

@@ -396,12 +396,18 @@ def test_a_momentum_copy_that_is_absent_is_copied(small):
         (
             "moco-v1",
             {"module.encoder_q.layer1.0.conv1.weight": None},
-            "encoder of this file, with .* is none of those .*resnet18, resnet34, resnet50",
+            r"encoder of this file is none that moco-v1 is loaded into \(resnet18, resnet34, "
+            r"resnet50, .*nearest is resnet18: the file has no layer1\.0\.conv1\.weight",
         ),
         (
             "moco-v1",
             {"module.encoder_q.conv1.weight": torch.zeros(32, 3, 7, 7)},
-            r"conv1.weight \(32, 3, 7, 7\), is none of those",
+            r"resnet18: conv1\.weight is \(32, 3, 7, 7\) in the file and \(64, 3, 7, 7\) there",
+        ),
+        (
+            "moco-v1",
+            {"module.encoder_q.classifier.weight": torch.zeros(10, 512)},
+            r"nearest is resnet18: the file has classifier\.weight \(10, 512\) too",
         ),
         ("moco-v1", {"module.encoder_q.fc.bias": None}, "lacks 1 tensors of .* head: head.bias"),
         (

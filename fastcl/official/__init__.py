@@ -149,20 +149,27 @@ def _config(method: str, encoder: Tensors, values: dict[str, Any]) -> tuple[Conf
             size = round((encoder["pos_embed"].shape[1] - 1) ** 0.5) * patch.shape[-1]
     else:
         candidates = models.TORCHVISION
-    backbone = next((name for name in candidates if _fits(name, size, encoder)), None)
-    if backbone is None:
-        name = next((n for n in ("conv1.weight", "patch_embed.proj.weight") if n in encoder), None)
-        first = f"{name} {tuple(encoder[name].shape)}" if name else ", ".join(list(encoder)[:3])
+    theirs = {k: v.shape for k, v in encoder.items() if not k.endswith(COUNTERS)}
+    off = {name: _shapes(name, size).items() ^ theirs.items() for name in candidates}
+    backbone = min(off, key=lambda name: len(off[name]), default=None)
+    if backbone is None or off[backbone]:
         raise ValueError(
-            f"the encoder of this file, with {len(encoder)} tensors and {first}, is none of those "
-            f"that {method} is loaded into: {', '.join(candidates) or 'no transformer'}"
+            f"the encoder of this file is none that {method} is loaded into "
+            f"({', '.join(off) or 'no transformer'})"
+            + (f"; nearest is {backbone}: {_difference(backbone, size, theirs)}" if off else "")
         )
     return dataclasses.replace(config, backbone=backbone, image_size=size, **values), size
 
 
-def _fits(name: str, image_size: int, encoder: Tensors) -> bool:
-    theirs = {k: v.shape for k, v in encoder.items() if not k.endswith(COUNTERS)}
-    return _shapes(name, image_size) == theirs
+def _difference(name: str, image_size: int, theirs: dict[str, torch.Size]) -> str:
+    """In what such an encoder is not the file's: the first tensor that tells them apart."""
+    ours = _shapes(name, image_size)
+    for key, shape in theirs.items():
+        if key not in ours:
+            return f"the file has {key} {tuple(shape)} too"
+        if ours[key] != shape:
+            return f"{key} is {tuple(shape)} in the file and {tuple(ours[key])} there"
+    return f"the file has no {next(key for key in ours if key not in theirs)}"
 
 
 @functools.cache

@@ -38,7 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SUBCOMMANDS = {
     "methods": ("bench.methods", "train every method in turn: accuracy, time, memory"),
     "byol-bn": ("bench.byol_bn", "BYOL's ablation of batch norm: which placements collapse"),
+    "step": ("bench.step", "where the time of a training step goes"),
     "compat": ("bench.compat", "fastcl.compat beside the libraries' own classes"),
+    "scale": ("bench.scale", "losses over many ranks, gather beside ring: a model, and measured"),
     "gpu-static": ("bench.gpu_static", "what bounds each Triton kernel's loop, without a GPU"),
 }
 

@@ -356,6 +356,22 @@ def test_command_fine_tunes_and_distils(run, capsys):
     assert distilled == "distilled (τ = 1): 100.00%"
 
 
+@pytest.mark.parametrize("labels, images, epochs", [(0.01, 2, 60), (0.1, 2, 30), (1.0, 12, 30)])
+def test_fine_tuning_on_a_share_of_the_labels(run, capsys, monkeypatch, labels, images, epochs):
+    """1 %, 10 % and all of them, one of each class at least, for as long as SimCLR trains."""
+    seen = []
+
+    def finetune(body, features, images, labels, classes, **options):
+        seen.append((len(images), sorted(set(labels.tolist())), options["epochs"]))
+        return nn.Sequential(body, nn.Linear(features, classes))
+
+    monkeypatch.setattr(evaluate.finetune, "finetune", finetune)
+    flags = f"--k 3 --finetune simclr --labels {labels}"
+    assert evaluate.main(["--checkpoint", str(run), *flags.split()]) == 0
+    assert seen == [(images, [0, 1], epochs)]
+    assert f"fine-tuned (simclr, {labels:.0%} of the labels): " in capsys.readouterr().out
+
+
 def test_simclr_v2_is_fine_tuned_from_the_middle_of_its_head(run, capsys):
     """With few labels the first layer of the head is part of the network; with all it is not."""
     method = METHODS["simclr-v2"]

@@ -156,7 +156,11 @@ def _config(method: str, encoder: Tensors, values: dict[str, Any]) -> tuple[Conf
         raise ValueError(
             f"the encoder of this file is none that {method} is loaded into "
             f"({', '.join(off) or 'no transformer'})"
-            + (f"; nearest is {backbone}: {_difference(backbone, size, theirs)}" if off else "")
+            + (
+                f"; nearest is {backbone}: {_difference(backbone, size, theirs)}"
+                if backbone
+                else ""
+            )
         )
     return dataclasses.replace(config, backbone=backbone, image_size=size, **values), size
 

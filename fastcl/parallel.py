@@ -72,8 +72,8 @@ class Processes:
         """Raises ValueError where processes would go through a batch in unequal chunks."""
         if batch_size % self.world:  # statistics of a chunk are of all processes' rows
             raise ValueError(
-                f"with micro_batch, the {self.world} processes need a batch_size that is a multiple "
-                f"of their number; got {batch_size}"
+                f"with micro_batch, {self.world} processes need a batch_size that is a multiple of "
+                f"their number; got {batch_size}"
             )
 
     def first_does(self, work: Callable[[], T]) -> T:

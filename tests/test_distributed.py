@@ -32,6 +32,20 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sup_con": lambda x, y, t, **o: F.sup_con(
         x + y, (10 * x[:, 0].detach().abs()).long() % 3, temperature=1 / t, **o
     ),
+    "instance_spread": lambda x, y, t, **o: F.instance_spread(
+        x, y, temperature=1 / t, negative_weight=1.5, detach_columns=False, **o
+    ),
+    "instance_spread-detached": lambda x, y, t, **o: F.instance_spread(
+        x, y, temperature=1 / t, **o
+    ),
+    "info_nce-own": lambda x, y, t, **o: F.info_nce(
+        x, y, torch.stack([y + 1, y - x], 1), temperature=1 / t, **o
+    ),
+    "negative_cosine": lambda x, y, t, **o: F.negative_cosine(t * x + 1, y, **o),
+    "soft_cross_entropy": lambda x, y, t, **o: F.soft_cross_entropy(
+        x, y.detach().softmax(1), temperature=1 / t, **o
+    ),
+    "nce": lambda x, y, t, **o: F.nce(t * (x + y), data_size=50, partition=30.0, **o),
 }
 QUEUE = torch.nn.functional.normalize(torch.randn(7, D, generator=torch.Generator().manual_seed(1)))
 
@@ -53,6 +67,11 @@ def measured(loss: Callable[..., Tensor], x: Tensor, y: Tensor, **options) -> li
     ]
 
 
+def self_distilled(views: Tensor, **options) -> Tensor:  # type: ignore[no-untyped-def]
+    """DINO's loss of views (2, N, D), which are student and teacher."""
+    return F.self_distillation(views, views.detach(), center=torch.ones(D), **options)
+
+
 def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -69,6 +88,9 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
                         loss, x, y, group=group, reduction=reduction
                     )
     scores = batch(world)[0][rows]
+    views = torch.stack(batch(world))[:, rows].requires_grad_()
+    loss = self_distilled(views, group=dist.group.WORLD)
+    results["self_distillation"] = loss.detach(), *torch.autograd.grad(loss, views)
     results["sinkhorn"] = F.sinkhorn(scores, epsilon=0.3, group=dist.group.WORLD)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -98,7 +120,7 @@ def test_ranks_give_the_gradients_of_one_process(
     values, *parts = zip(*(result[kind, dtype, name, reduction] for result in results))
     gradients = [torch.cat(part) for part in parts[:2]] + [torch.stack(parts[2]).sum()]
     if reduction == "none":  # nobody averages: the rows, and the gradient of their sum
-        if name in ("nt_xent", "dcl"):  # each rank's two views
+        if name.startswith(("nt_xent", "dcl", "instance_spread")):  # each rank's two views
             values = tuple(v.view(2, -1) for v in values)
             value = value.view(2, -1)
         found = torch.cat(values, -1)
@@ -117,6 +139,16 @@ def test_sinkhorn_of_ranks_is_that_of_the_whole_batch(ranks) -> None:  # type: i
     world, results = ranks
     codes = torch.cat([result["sinkhorn"] for result in results])
     torch.testing.assert_close(codes, F.sinkhorn(batch(world)[0], epsilon=0.3))
+
+
+def test_self_distillation_of_ranks_is_that_of_the_whole_batch(ranks) -> None:  # type: ignore[no-untyped-def]
+    world, results = ranks
+    views = torch.stack(batch(world)).requires_grad_()
+    loss = self_distilled(views)
+    (expected,) = torch.autograd.grad(loss, views)
+    losses, gradients = zip(*(result["self_distillation"] for result in results))
+    torch.testing.assert_close(torch.stack(losses).mean(), loss.detach())
+    torch.testing.assert_close(torch.cat(gradients, 1) / world, expected)
 
 
 def test_a_group_that_is_none_says_so() -> None:

@@ -235,7 +235,7 @@ def _other_images(z0: Tensor, z1: Tensor, t: Tensor, normalize: bool, at: Share)
 
 def _over_views(loss: Tensor, reduction: str, at: Share) -> Tensor:
     """Of a loss (2, N): its mean or sum, or all 2N."""
-    return loss.view(-1) if reduction == "none" else reduce(loss, reduction, at)
+    return loss.flatten() if reduction == "none" else reduce(loss, reduction, at)
 
 
 def dcl(

@@ -140,3 +140,17 @@ def test_unreadable_files_are_replaced_and_reported(files, recipe, tmp_path, wor
 def test_bad_arguments(memory, recipe, options, message):
     with pytest.raises(ValueError, match=message):
         Loader(memory, recipe, **options)
+
+
+def test_processes_share_each_batch_of_one_process_out(split, recipe):
+    whole = Loader(split, recipe, batch_size=7, seed=3, workers=0)
+    shares = [
+        Loader(split, recipe, batch_size=7, seed=3, workers=0, rank=rank, world=3)
+        for rank in range(3)
+    ]
+    for (_, _, indices), *parts in zip(whole, *shares, strict=True):
+        for rank, (views, labels, own) in enumerate(parts):
+            assert torch.equal(own, indices[rank::3])
+            assert len(views[0]) == len(labels) == len(own)
+    with pytest.raises(ValueError, match="less than the 8 processes"):
+        Loader(split, recipe, batch_size=7, world=8)

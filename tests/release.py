@@ -30,6 +30,7 @@ TESTS = (
     *("ops", "test_functional.py", "test_losses.py", "test_nn.py", "test_doctests.py"),
     *("test_distributed.py", "test_typing.py"),
 )
+CHOSEN = "not has_a_file_in_every_layer"  # that looks at the sources
 INSTALLED = """
 import pathlib, sys, torch, fastcl
 from fastcl import _C
@@ -82,7 +83,9 @@ def test_with(torch: str, wheel: Path) -> None:
         source = ROOT / "tests" / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copies / name)
     run(python, "-c", INSTALLED, torch, wheel.name.split("-")[1], cwd=folder)
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=folder)
+    run(
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *("-k", CHOSEN), "tests", cwd=folder
+    )
     shutil.rmtree(folder)
 
 

@@ -83,9 +83,7 @@ def test_with(torch: str, wheel: Path) -> None:
         source = ROOT / "tests" / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copies / name)
     run(python, "-c", INSTALLED, torch, wheel.name.split("-")[1], cwd=folder)
-    run(
-        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *("-k", CHOSEN), "tests", cwd=folder
-    )
+    run(python, "-m", "pytest", "-p", "no:cacheprovider", *("-k", CHOSEN), "tests", cwd=folder)
     shutil.rmtree(folder)
 
 

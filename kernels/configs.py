@@ -48,13 +48,14 @@ SUM = "bucket BLOCK_X BLOCK_Y BLOCK_D BLOCK_V num_warps num_stages"
 # Rows named _ids serve the launches with ids, whose 64-bit vectors need registers of their own.
 TABLE: Table = {}
 for _arch in (80, 86):  # 86 has less shared memory: 99 KB are enough for these
+    _warps, _d = (4, 64) if _arch == 80 else (8, 32)  # what does not spill on 120, either
     TABLE |= _rows(
         *("similarity_rows", _arch, 2, LSE),
         *((128, 128, 64, 128, 8, 2), (256, 64, 64, 256, 4, 2), (LARGE, 128, 64, 64, 8, 2)),
     )
     TABLE |= _rows(
         *("similarity_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
-        *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 256, 8, 2)),
+        *((256, 64, 32, 256, 256, _warps, 2), (LARGE, 64, 64, _d, 256, 8, 2)),
     )
 for _arch in (90, 100):
     TABLE |= _rows(
@@ -120,8 +121,11 @@ for _arch in (80, 86, 90, 100):
     for _kernel in ("pair_sigmoid_loss", "instance_spread_shares", "instance_spread_loss"):
         TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 32, 32, 8, 2))
         if _arch in (90, 100):
-            _m = 64 if (_arch, _kernel) == (100, "instance_spread_loss") else 128
+            _m = 64 if _kernel == "instance_spread_loss" else 128
             TABLE |= _rows(_kernel, _arch, 2, LSE, (LARGE, 128, _m, 64, 8, 2))
+        elif _kernel != "pair_sigmoid_loss":  # see below
+            for _bucket in (128, 256):
+                TABLE[_kernel, _arch, _bucket, 2]["maxnreg"] = 255
     _x = 128 if _arch == 100 else 64
     _warps = 4 if _arch == 90 else 8
     _v = 64 if _arch == 100 else 128
@@ -133,7 +137,8 @@ for _arch in (80, 86, 90, 100):
         TABLE |= _rows(_kernel, _arch, 4, SUM, (LARGE, 32, 32, 32, _v, 4, 2))
 for _arch in (80, 86):
     TABLE |= _rows(
-        *("pair_sigmoid_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
+        *("pair_sigmoid_gradient", _arch, 2, SUM),
+        (128, 64, 64 if _arch == 80 else 32, 128, 128, 4, 2),
         *((256, 64, 32, 256, 256, 8, 2), (LARGE, 64, 64, 64, 256, 8, 2)),
     )
 
@@ -147,6 +152,8 @@ for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
         TABLE[_kernel, _where, 64, 2] = _row = dict(_row)
         if _where == 90 and _sums:
             _row["num_stages"] = 1
+        elif _where == 90 and _kernel == "similarity_pairs":
+            _row["BLOCK_M"] = 64  # 128 spill at D = 32
     elif _size == 2:
         continue
     if _where == 90:

@@ -15,7 +15,7 @@ prepares the next batch while it computes. The parts, forward and backward toget
     optimizer       clipping and the step
     updates         of moving averages, queues and banks
 
-Medians over the steps. Exit status: 1 when a method failed, 2 for wrong usage.
+Medians over the steps. Exit status: 2 for wrong usage, or where --compile cannot.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch import Tensor
 import fastcl.functional as F
 from bench import machine, report
 from bench.usage import UsageError, unknown
+from fastcl.compiled import CompileError
 from fastcl.config import UsageError as TrainUsageError
 from fastcl.config import parse
 from fastcl.interrupt import Interrupt
@@ -107,6 +108,8 @@ def profile(method: str, flags: list[str], steps: int, clock: Callable[[], float
                 raise UsageError(" ".join(str(error).split())) from None
             try:
                 spent = time_steps(trainer, WARM_UP + steps, clock)[WARM_UP:]
+            except CompileError as error:
+                raise UsageError(str(error)) from None
             finally:
                 trainer.metrics.close()
                 trainer.bar.close()

@@ -12,7 +12,7 @@ import fastcl.functional as F
 from fastcl.cached import cached, in_chunks_
 from fastcl.methods import METHODS
 from fastcl.methods.base import Progress
-from fastcl.models.norms import replace_batch_norm
+from fastcl.models.norms import careful_init_, make_norm, replace_batch_norm
 from fastcl.train import main
 
 CHANGES = {  # of the quick recipes: a smaller method, and its options that touch the encoder
@@ -118,6 +118,16 @@ def test_every_methods_gradients_and_state_are_those_of_the_whole_batch(method):
         assert max(passes) <= 3 if rows_at_once else max(passes) >= 8
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-12)
     assert any(name.startswith("encoder") for name in results[0][1])
+
+
+def test_careful_initialisation_takes_the_first_rows():
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), make_norm("none", 8, careful=True))
+    x = torch.randn(12, 3, 8, 8) * torch.linspace(1, 4, 12)[:, None, None, None]
+    in_chunks_(encoder, 4)
+    careful_init_(encoder, x)
+    first = encoder(x[:4])
+    torch.testing.assert_close(first.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(first.var((0, 2, 3), correction=0), torch.ones(8), rtol=0, atol=1e-3)
 
 
 def peak_bytes(step):

@@ -101,6 +101,13 @@ def test_compile_is_the_same_run(method, losses, compiler, tmp_path, monkeypatch
     assert states[0]["method"].keys() == states[1]["method"].keys()
 
 
+def test_careful_initialisation_is_not_compiled_in(losses, compiler):
+    extra = "--encoder-norm none --careful-init"
+    compiler()
+    ours = losses("compiled", f"{extra} --compile", "byol-v2")
+    assert ours == pytest.approx(losses("plain", extra, "byol-v2"), rel=0.01)
+
+
 def test_a_compiler_that_fails_is_one_line(flags, compiler, capsys):  # noqa: F811
     def broken(*_):
         raise RuntimeError("no working C++ compiler")

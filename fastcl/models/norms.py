@@ -78,14 +78,25 @@ class Affine(nn.Module):
 
 @torch.no_grad()
 def careful_init_(module: nn.Module, *inputs: Tensor) -> None:
-    """Initialise every Affine of module, in the order of a forward pass, by one batch."""
+    """Initialise every Affine of module, in the order of a forward pass, by one batch.
+
+    By the first rows that reach it, where module takes its inputs a few rows at a time.
+    """
+    done: set[nn.Module] = set()
+
+    def initialize_once(affine: Affine, given: tuple[Tensor, ...]) -> None:
+        if affine not in done:
+            done.add(affine)
+            affine.initialize_(given[0])
+
     hooks = [
-        part.register_forward_pre_hook(lambda affine, given: affine.initialize_(given[0]))
+        part.register_forward_pre_hook(initialize_once)
         for part in module.modules()
         if isinstance(part, Affine)
     ]
     try:
-        module(*inputs)
+        with torch.compiler.set_stance("force_eager"):  # else the hooks are compiled in
+            module(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -73,6 +73,8 @@ PYBIND11_MODULE(FASTCL_ISA, m) {
   def(m, "similarity_lse_backward", similarity_lse_backward);
   def(m, "self_similarity_lse_forward", self_similarity_lse_forward);
   def(m, "self_similarity_lse_backward", self_similarity_lse_backward);
+  def(m, "label_similarity_forward", label_similarity_forward);
+  def(m, "label_similarity_backward", label_similarity_backward);
   def(m, "pair_sigmoid", pair_sigmoid);
   def(m, "instance_spread_forward", instance_spread_forward);
   def(m, "instance_spread_backward", instance_spread_backward);

@@ -153,6 +153,20 @@ void pair_sigmoid(const float* grad,   // (N,) or null
                   float* grad_bias,    // ()
                   int64_t n, int64_t d, bool normalize, int dtype, int threads);
 
+// ---- label_similarity.cpp
+void label_similarity_forward(const void* z,          // (N, D)
+                              const int64_t* labels,  // (N,)
+                              float* mean,            // (N,)
+                              int64_t* others,        // (N,)
+                              float* rest,            // (N, D)
+                              int64_t n, int64_t d, bool normalize, int dtype, int threads);
+void label_similarity_backward(const float* grad,      // (N,)
+                               const void* z,          // (N, D)
+                               const int64_t* labels,  // (N,)
+                               const float* rest,      // (N, D)
+                               void* grad_z,           // (N, D)
+                               int64_t n, int64_t d, bool normalize, int dtype, int threads);
+
 // ---- instance_spread.cpp
 void instance_spread_forward(const void* z,       // (2N, D)
                              const float* scale,  // ()

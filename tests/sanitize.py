@@ -155,6 +155,7 @@ def operations(n: int, d: int, dtype: object) -> list[Callable[[], None]]:
         lambda: back(F.siglip(random(n, d), random(n, d), logit_scale=3.0, logit_bias=-1.0)),
         lambda: back(F.soft_cross_entropy(random(n, d), random(n, d).detach().softmax(1))),
         lambda: back(F.negative_cosine(random(n, d), random(n, d))),
+        lambda: back(F.sup_con(random(n, d), labels)),
         *(sinkhorn, distillation),
     ]
 

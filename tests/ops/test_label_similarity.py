@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcl._functional._labels import label_similarity
+from fastcl.ops.label_similarity import label_similarity
 from fastcl.testing import relative_error, value_and_gradients
 
 

@@ -95,7 +95,7 @@ def careful_init_(module: nn.Module, *inputs: Tensor) -> None:
         if isinstance(part, Affine)
     ]
     try:
-        with torch.compiler.set_stance("force_eager"):  # else the hooks are compiled in
+        with torch.compiler.set_stance("force_eager"):  # the hooks are for this pass alone
             module(*inputs)
     finally:
         for hook in hooks:

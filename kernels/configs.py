@@ -96,12 +96,14 @@ for _arch in (80, 86, 90, 100):
         *("similarity_diagonal", _arch, 2, LSE),
         *((128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2)),
     )
-    # float32: exact products do not run on tensor cores, and an element takes twice the room.
+    # float32: exact products do not run on tensor cores, and an element takes twice the room. Where
+    # there is one stage, a second one spills, there or on a GPU that takes the row.
     for _kernel in ("similarity_rows", "similarity_pairs", "similarity_diagonal"):
         _n, _warps = (32, 4 if _arch < 100 else 8) if _kernel == "similarity_pairs" else (64, 8)
-        _stages = 1 if _arch < 90 and _kernel != "similarity_rows" else 2  # a second one spills
+        _stages = 1 if _arch == 86 or (_arch == 80 and _kernel != "similarity_rows") else 2
         TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, _n, 64, 32, _warps, _stages))
-    TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 32, 32, 32, 128, 4, 2))
+    _stages = 1 if _arch == 86 else 2
+    TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 32, 32, 32, 128, 4, _stages))
     TABLE |= _rows("similarity_gradient_ids", _arch, 4, SUM, (LARGE, 32, 32, 32, 64, 8, 2))
 TABLE |= {
     (key[0].replace("gradient", "mean"), *key[1:]): dict(row)

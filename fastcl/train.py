@@ -3,9 +3,7 @@
 Read it from top to bottom: `main` turns errors into one line and an exit code, `Trainer` sets up a
 run (or takes up a saved one) and `fit` is the loop. The run folder then holds config.yaml,
 metrics.jsonl (and the same as TensorBoard's events), checkpoint.pt, the one before it, best.pt,
-report.png and report.html.
-
-Under torchrun every process runs this: fastcl.parallel says what they do together.
+report.png and report.html. Under torchrun every process runs this: see fastcl.parallel.
 
 Exit codes: 0 done; 1 stopped by a loss that is not finite or by a full disk; 2 wrong usage; 130
 Ctrl-C; 143 SIGTERM.
@@ -82,8 +80,8 @@ def _run(request: Request, interrupt: Interrupt, processes: Processes) -> int:
     except RuntimeError as error:
         if (lost := processes.lost(error)) is None:
             raise
-        kept = "nothing was trained" if trainer is None else trainer.kept()
-        return _fail(f"{lost}; {kept}", 1, processes.may_speak())
+        kept = f"; {trainer.kept()}" if trainer else ""
+        return _fail(lost + kept, 1, processes.may_speak())
 
 
 def _fail(message: str, code: int, aloud: bool = True) -> int:
@@ -162,8 +160,8 @@ class Trainer:
         self.metrics: Metrics | Silent = Silent()
         self.bar: ProgressBar | Silent = Silent()
         if processes.first:
-            path, resumed_at = self.folder / "metrics.jsonl", self.saved
-            self.metrics = Metrics(path, resumed_at, tensorboard=run.tensorboard)
+            path = self.folder / "metrics.jsonl"
+            self.metrics = Metrics(path, self.saved, tensorboard=run.tensorboard)
             self.bar = ProgressBar(self.steps, self.step)
 
     # ---- the loop --------------------------------------------------------------------------------

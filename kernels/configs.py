@@ -121,7 +121,7 @@ for _kernel, _like in (
 # What these make of a score needs more registers than an exponential.
 for _arch in (80, 86, 90, 100):
     for _kernel in ("pair_sigmoid_loss", "instance_spread_shares", "instance_spread_loss"):
-        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 32, 32, 8, 2))
+        TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, 64, 32, 32, 8, 1 if _arch == 86 else 2))
         if _arch in (90, 100):
             _m = 64 if _kernel == "instance_spread_loss" else 128
             TABLE |= _rows(_kernel, _arch, 2, LSE, (LARGE, 128, _m, 64, 8, 2))

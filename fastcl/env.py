@@ -24,6 +24,9 @@ from fastcl.ops import OPS, backend_of
 # The packages of the extras that a user notices when they are missing.
 EXTRAS = {
     "train": ("torchvision", "timm", "rich", "matplotlib", "pyyaml", "tensorboard"),
+    "hf": ("datasets",),
+    "compat": ("lightly", "pytorch-metric-learning", "open_clip_torch", "sentence-transformers"),
+    "export": ("safetensors", "onnx", "onnxruntime"),
     "test": ("pytest", "pytest-benchmark", "hypothesis", "ttsem"),
     "dev": ("ruff", "mypy", "clang-format", "pre-commit"),
 }

@@ -30,8 +30,8 @@ inline void clear(Tops tops, int64_t count, float reference) {
   std::fill_n(tops.others_reference, count, reference), std::fill_n(tops.others, count, 0.0f);
 }
 
-// BOUNDED strips: both references are 0. min and max of (top, entry) sort each entry in: the smaller
-// of the two joins the others. A NaN stays in `others`.
+// BOUNDED strips: both references are 0. min and max of (top, entry) sort each entry in: the
+// smaller of the two joins the others. A NaN stays in `others`.
 inline void add_entry(F e, F& top, F& others) {
   others += min(top, e);
   top = max(top, e);

@@ -18,8 +18,8 @@ namespace fastcl {
 namespace {
 
 constexpr float NORM_FLOOR = 1e-12f;
-constexpr int64_t PARALLEL =
-    1 << 15;  // numbers below which a second thread costs more than it does
+// With fewer numbers a second thread costs more than it does.
+constexpr int64_t PARALLEL = 1 << 15;
 
 // The rows in order of their labels, and where each label's rows begin (and the last end).
 struct Groups {

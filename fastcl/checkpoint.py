@@ -32,7 +32,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         if path.exists():
             keep(path, PREVIOUS)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # a full disk, or Ctrl-C
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
@@ -40,32 +40,37 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> None:
-    """torch.save, which turns what a write raises into a RuntimeError about its zip file."""
+    """torch.save, raising what the first failed write raised."""
     stream = _Stream(file)
     try:
         torch.save(state, stream)  # type: ignore[arg-type]
-    except BaseException:
-        if stream.error is not None:
-            raise stream.error from None
-        raise
+    except BaseException as error:
+        stream.error = stream.error or error
+    if stream.error is not None:
+        raise stream.error
 
 
 class _Stream:
-    """A file that remembers what its first failed write raised."""
+    """A file whose writes fail silently, the first failure kept and nothing written after it.
+
+    torch's writer, in C++, writes once more when it is destroyed: an exception there would end the
+    process, and elsewhere becomes a RuntimeError about a zip file.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.error: BaseException | None = None
 
     def write(self, data: memoryview) -> int:
-        try:
-            return self.file.write(data)
-        except BaseException as error:
-            self.error = self.error or error
-            raise
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except BaseException as error:
+                self.error = error
+        return len(data)
 
     def flush(self) -> None:
-        self.file.flush()
+        """The file is flushed when it is whole."""
 
 
 def keep(path: Path, name: str) -> None:

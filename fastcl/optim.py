@@ -361,3 +361,20 @@ def learning_rate(
             end=final_lr,
         )
     raise ValueError(f"unknown schedule {schedule!r}. Schedules: {', '.join(SCHEDULES)}.")
+
+
+def learning_rate_at(step: int, config: Any, images: int) -> float:
+    """The learning rate that a method's Config names, in a step of training on so many images."""
+    return learning_rate(
+        config.schedule,
+        step,
+        images=images,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        lr=config.lr,
+        warmup_epochs=config.warmup_epochs,
+        start_lr=config.start_lr,
+        final_lr=config.final_lr,
+        milestones=config.milestones,
+        factors=config.factors,
+    )

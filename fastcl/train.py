@@ -27,7 +27,7 @@ from fastcl.data.splits import summary as unreadable_summary
 from fastcl.evaluate import knn_accuracy, pixel_knn_accuracy
 from fastcl.interrupt import Interrupt
 from fastcl.methods import METHODS, Progress
-from fastcl.optim import learning_rate, optimizer_of
+from fastcl.optim import learning_rate_at, optimizer_of
 from fastcl.parallel import ALONE, Processes, RandomState, Silent
 from fastcl.progress import (
     Metrics,
@@ -208,7 +208,8 @@ class Trainer:
     def _step(self, views: list[Tensor], indices: Tensor) -> None:
         """One optimizer step on a batch of views of these images."""
         at = Progress(self.step, len(self.loader), self.config.epochs, indices)
-        lr, weight_decay = self._lr(), self.method.weight_decay_at(at)
+        lr = learning_rate_at(self.step, self.config, len(self.data.pretrain))
+        weight_decay = self.method.weight_decay_at(at)
         for group in self.optimizer.param_groups:
             if not group.get("fixed"):
                 group["lr"] = lr
@@ -227,22 +228,6 @@ class Trainer:
         self.method.after_step(at)
         self.losses.append(loss.detach())
         self.step += 1
-
-    def _lr(self) -> float:
-        config = self.config
-        return learning_rate(
-            config.schedule,
-            self.step,
-            images=len(self.data.pretrain),
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            lr=config.lr,
-            warmup_epochs=config.warmup_epochs,
-            start_lr=config.start_lr,
-            final_lr=config.final_lr,
-            milestones=config.milestones,
-            factors=config.factors,
-        )
 
     def _placed(self, view: Tensor) -> Tensor:
         return view.to(self.device, non_blocking=True, memory_format=self._layout)

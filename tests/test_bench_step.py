@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from test_train import QUEUES, SMALL, images  # noqa: F401
+from small_run import QUEUES, SMALL
 
 import fastcl.functional as F
 from bench import step
@@ -51,7 +51,7 @@ class Slow(torch.autograd.Function):
         return grad
 
 
-def test_each_part_is_counted_where_it_belongs(rows, images, monkeypatch):  # noqa: F811
+def test_each_part_is_counted_where_it_belongs(rows, images, monkeypatch):
     nt_xent, push = F.nt_xent, F.queue_push_
 
     def slow_push(*arguments):

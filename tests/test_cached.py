@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_train import flags, images, rows  # noqa: F401
+from small_run import rows
 from torch import nn
 
 import fastcl.functional as F
@@ -183,7 +183,7 @@ def test_rows_must_be_one_or_more(call):
 # ---- on the command line -------------------------------------------------------------------------
 
 
-def test_a_run_of_small_passes_is_the_run_of_whole_ones(flags, tmp_path):  # noqa: F811
+def test_a_run_of_small_passes_is_the_run_of_whole_ones(flags, tmp_path):
     extra = "--encoder-norm gn --eval-every 0"  # group norm: chunks then change nothing
     assert main(flags("byol-v2", "whole", extra)) == 0
     assert main(flags("byol-v2", "chunks", f"{extra} --micro-batch 6")) == 0

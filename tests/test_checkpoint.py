@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -299,3 +301,32 @@ def test_no_advice_where_nothing_is_whole(stopped, capsys):
     capsys.readouterr()
     assert main(["--resume", str(stopped)]) == 2
     assert "whole" not in one_line(capsys.readouterr().err)
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+import torch
+from fastcl import checkpoint
+
+def at_the_end(frame, event, argument):
+    code = frame.f_code
+    if code.co_name == "__exit__" and code.co_filename == torch.serialization.__file__:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+sys.settrace(at_the_end)
+try:
+    checkpoint.save(Path(sys.argv[1]), {"a": torch.ones(1000)})
+except KeyboardInterrupt:
+    pass
+sys.exit(7)
+"""
+
+
+def test_ctrl_c_before_the_last_write_does_not_abort(tmp_path):
+    """torch's writer then writes when it is destroyed: an exception there ends the process."""
+    program = [sys.executable, "-c", INTERRUPTED, str(tmp_path / checkpoint.NAME)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import QUEUES, SMALL, images, same_run  # noqa: F401
+from small_run import QUEUES, SMALL, same_run
 
 from fastcl import checkpoint
 from fastcl.methods import METHODS
@@ -30,7 +30,7 @@ def start(arguments):
     """A process that trains, forked from one that has imported what it will: in no time."""
     context = get_context("forkserver")
     context.set_forkserver_preload(
-        ["fastcl.train", "test_train", "torch._dynamo", "torchvision.transforms.v2.functional"]
+        ["fastcl.train", "small_run", "torch._dynamo", "torchvision.transforms.v2.functional"]
     )
     process = context.Process(target=train, args=(arguments,))
     process.start()
@@ -93,7 +93,7 @@ def stopped_twice(flags, folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_and_terminated_it_goes_on_bit_for_bit(method, images, tmp_path):  # noqa: F811
+def test_killed_and_terminated_it_goes_on_bit_for_bit(method, images, tmp_path):
     flags = f"--method {method} --data folder --data-dir {images} {FLAGS} {QUEUES[method]}".split()
     to_the_end([*flags, "--output", str(tmp_path / "whole")])
     stopped_twice([*flags, "--output", str(tmp_path / "cut")], tmp_path / "cut")
@@ -118,7 +118,7 @@ def test_killed_while_processes_decode_files_it_goes_on_bit_for_bit(tmp_path):
 
 
 def test_a_disk_that_fills_in_the_middle_ends_the_run_and_goes_on_bit_for_bit(
-    images,  # noqa: F811
+    images,
     tmp_path,
     monkeypatch,
     capsys,
@@ -143,7 +143,7 @@ def test_a_disk_that_fills_in_the_middle_ends_the_run_and_goes_on_bit_for_bit(
     same_run(tmp_path / "whole", folder)
 
 
-def test_a_kill_while_resuming_loses_no_row(images, tmp_path, monkeypatch):  # noqa: F811
+def test_a_kill_while_resuming_loses_no_row(images, tmp_path, monkeypatch):
     """metrics.jsonl is cut to the checkpoint's step by replacing it, never by emptying it first."""
     flags = f"--method simclr-v1 --data folder --data-dir {images} {FLAGS} --workers 0".split()
     assert main([*flags, "--output", str(tmp_path / "run")]) == 0

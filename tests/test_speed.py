@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from test_train import flags, images, interrupt_at, rows, same_run  # noqa: F401
+from small_run import interrupt_at, rows, same_run
 
 from fastcl import checkpoint, compiled
 from fastcl.train import Trainer, main
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:queue_size")
 
 
 @pytest.fixture
-def losses(flags, tmp_path):  # noqa: F811
+def losses(flags, tmp_path):
     """The losses of a run of four steps."""
 
     def run(name, extra, method="simclr-v1"):
@@ -47,7 +47,7 @@ def test_precisions_follow_each_other(method, losses):
     assert half[0] != full[0] and half[0] == pytest.approx(full[0], rel=0.002)
 
 
-def test_fp16_leaves_out_a_step_whose_gradients_overflow(flags, tmp_path, monkeypatch):  # noqa: F811
+def test_fp16_leaves_out_a_step_whose_gradients_overflow(flags, tmp_path, monkeypatch):
     scales, seen, step = [2.0**4, 2.0**60, 2.0**4, 2.0**4], [], Trainer._step
 
     def watched(self, views, indices):
@@ -108,7 +108,7 @@ def test_careful_initialisation_is_not_compiled_in(losses, compiler):
     assert ours == pytest.approx(losses("plain", extra, "byol-v2"), rel=0.01)
 
 
-def test_a_compiler_that_fails_is_one_line(flags, compiler, capsys):  # noqa: F811
+def test_a_compiler_that_fails_is_one_line(flags, compiler, capsys):
     def broken(*_):
         raise RuntimeError("no working C++ compiler")
 
@@ -119,7 +119,7 @@ def test_a_compiler_that_fails_is_one_line(flags, compiler, capsys):  # noqa: F8
     assert "no working C++ compiler" in line and line.endswith("go on without --compile")
 
 
-def test_all_together_resume_bit_for_bit(flags, tmp_path, monkeypatch, compiler):  # noqa: F811
+def test_all_together_resume_bit_for_bit(flags, tmp_path, monkeypatch, compiler):
     extra = "--precision fp16 --channels-last --compile --micro-batch 16"
     for name, step in (("whole", 0), ("cut", 6)):
         compiler()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import rows, same_run
 
 from fastcl.checkpoint import load
-from tests.test_train import images, rows, same_run  # noqa: F401
 
 WORLD = 2
 # fastcl.train, which at its end also writes what every process has then.
@@ -74,7 +74,7 @@ def after_step(folder: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(images: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def] # noqa: F811
+def runs(images: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """A run to its end, and one that was stopped, resumed, bereft of a process and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     script = folder / "checked.py"

@@ -12,7 +12,7 @@ import yaml
 
 from fastcl.data import augment
 from fastcl.methods import METHODS, Progress
-from fastcl.optim import OPTIMIZERS, learning_rate, split_group
+from fastcl.optim import learning_rate_at, optimizer_of
 from fastcl.train import main
 
 PAPER = [
@@ -110,23 +110,10 @@ def test_augmentation_and_schedule_are_there(method, recipe):
         colours=config.colours,
     )
     assert len(built.lists) == sum(c.count for c in crops)
-    images, batch = 1_281_167, config.batch_size
-    steps = config.epochs * (images // batch)
+    images = 1_281_167
+    steps = config.epochs * (images // config.batch_size)
     rates = [
-        learning_rate(
-            config.schedule,
-            step,
-            images=images,
-            batch_size=batch,
-            epochs=config.epochs,
-            lr=config.lr,
-            warmup_epochs=config.warmup_epochs,
-            start_lr=config.start_lr,
-            final_lr=config.final_lr,
-            milestones=config.milestones,
-            factors=config.factors,
-        )
-        for step in range(0, steps, max(1, steps // 2000))
+        learning_rate_at(step, config, images) for step in range(0, steps, max(1, steps // 2000))
     ]
     assert max(rates) == pytest.approx(config.lr, rel=0.02)
     assert rates[-1] <= 0.011 * config.lr or method == "cpc"  # which has no schedule
@@ -146,10 +133,7 @@ def test_a_step(method, recipe):
     config = dataclasses.replace(cls.recipes[recipe], **STEPS[method, recipe])
     made = cls(cls.build_encoder(config, 32), config).train()
     names = [(name, p) for name, p in made.named_parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[config.optimizer](
-        names, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay
-    )
-    split_group(optimizer, made.undecayed(), undecayed=True, weight_decay=0.0)
+    optimizer = optimizer_of(made, config)
     before = [p.detach().clone() for _, p in names]
     at = Progress(step=0, steps_per_epoch=1, epochs=100)
     views = [

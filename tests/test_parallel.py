@@ -56,6 +56,11 @@ CASES: dict[str, dict[str, Any]] = {
     "simsiam": {"dim": 16, "hidden": 8},
     "moco-v3": {"dim": 16, "hidden": 8},
     "dino": {"dim": 16, "hidden": 8, "outputs": 12, "small_crops": 2},
+    "moco-v2 crops": SPLIT | {"small_crops": 2},
+    "simclr-v1 crops": {"small_crops": 2},
+    "byol crops": {"dim": 16, "hidden": 8, "small_crops": 2},
+    "simsiam crops": {"dim": 16, "hidden": 8, "small_crops": 2},
+    "moco-v3 crops": {"dim": 16, "hidden": 8, "small_crops": 2},
     "dino centred": {"dim": 16, "hidden": 8, "outputs": 12, "sinkhorn_iterations": 0},
 }
 

@@ -34,6 +34,7 @@ from torch.nn import functional as nf
 
 import fastcl.functional as F
 from fastcl import models
+from fastcl._functional._shared import paired_dot
 from fastcl.data.augment import Crops
 from fastcl.data.colours import CHANNELS
 from fastcl.methods.base import Config as BaseConfig
@@ -202,37 +203,60 @@ class CPC(Method):
         z = self.norm(self.encoder.grid(views[0]))  # (N, T, W, D)
         self.embedding = nf.normalize(z.detach().mean((1, 2)), dim=1)
         targets = self.target(z)
-        losses = [
-            self.step_losses(torch.rot90(targets, turn, (1, 2)), predictor(context(seen)))
+        turned = [
+            (torch.rot90(targets, turn, (1, 2)), predictor(context(torch.rot90(z, turn, (1, 2)))))
             for turn, (context, predictor) in enumerate(zip(self.contexts, self.predictors))
-            for seen in [torch.rot90(z, turn, (1, 2))]
         ]
-        return torch.stack(losses).mean()
+        return self.step_losses(*turned).mean()
 
-    def step_losses(self, z: Tensor, predictions: Tensor) -> Tensor:
-        """L_k (steps,) of targets z (N, T, W, D) and predictions W_k c (N, T, W, steps · D)."""
-        config = self.config
-        rows, columns, dim = z.shape[1:]
-        flat = self.whole(z).reshape(-1, dim)  # (N · T · W, D)
-        if config.detach_negatives:
-            flat = flat.detach()
-        last = rows - config.steps - config.skip  # rows that the last step can start from
-        images = len(flat) // (rows * columns)  # of the whole batch
-        tables = self.tables(images, rows, columns, last, z.device)
-        losses = []
+    def step_losses(self, *directions: tuple[Tensor, Tensor]) -> Tensor:
+        """L_k (directions · steps,), each direction with the grid turned its own way.
+
+        Of each: targets z (N, T, W, D) and predictions W_k c (N, T, W, steps · D).
+        """
+        if self.config.negatives == "all":
+            pairs = [pair for direction in directions for pair in self.pairs(*direction)]
+            return self.among_all(directions[0][0], pairs)
+        return torch.stack([loss for z, wc in directions for loss in self.among_drawn(z, wc)])
+
+    def pairs(self, z: Tensor, predictions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each step: predictions (A, D) and what they should have been (A, D)."""
+        config, (rows, _, dim) = self.config, z.shape[1:]
+        found = []
         for k, prediction in enumerate(predictions.split(dim, dim=3), start=1):
             ahead = k + config.skip
-            starts = last if config.negatives == "others" else rows - ahead
-            query = config.scale * prediction[:, :starts].reshape(-1, dim)  # (A, D)
-            positive = z[:, ahead : ahead + starts].reshape(-1, dim)  # (A, D)
-            if config.negatives == "all":
-                others = cast(Tensor, F.similarity_lse(query, flat))  # the positive among them
-                losses.append(self.mean(others - (query * positive).sum(1)))
-            else:
-                table = self.agreed(tables[k - 1]).unflatten(0, (images, -1))
-                index = self.own(table).flatten(0, 1)  # (A, n)
-                losses.append(self.among(query, positive, flat[index]))
-        return torch.stack(losses)
+            starts = rows - ahead
+            if config.negatives == "others":
+                starts = rows - config.steps - config.skip  # that the last step can start from
+            positive = z[:, ahead : ahead + starts].reshape(-1, dim)
+            found.append((prediction[:, :starts].reshape(-1, dim), positive))
+        return found
+
+    def candidates(self, z: Tensor) -> Tensor:
+        """The patches of the whole batch, row by row: (N · T · W, D) of z (N, T, W, D)."""
+        flat = self.whole(z).flatten(0, 2)
+        return flat.detach() if self.config.detach_negatives else flat
+
+    def among_all(self, z: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The losses of pairs: a turned grid has the same patches, so one product does them all."""
+        query, positive = (torch.cat(side) for side in zip(*pairs))
+        scale = self.config.scale
+        lse = cast(Tensor, F.similarity_lse(query, self.candidates(z), scale=scale))
+        losses = lse - scale * paired_dot(query, positive)  # the positive is in the lse
+        parts = losses.split([len(query) for query, _ in pairs])
+        return torch.stack([self.mean(part) for part in parts])
+
+    def among_drawn(self, z: Tensor, predictions: Tensor) -> list[Tensor]:
+        """The losses of the steps in one direction, against the positive and n candidates."""
+        flat, (rows, columns) = self.candidates(z), z.shape[1:3]
+        images = len(flat) // (rows * columns)  # of the whole batch
+        last = rows - self.config.steps - self.config.skip
+        tables = self.tables(images, rows, columns, last, z.device)
+        losses = []
+        for table, (query, positive) in zip(tables, self.pairs(z, predictions)):
+            index = self.own(self.agreed(table).unflatten(0, (images, -1))).flatten(0, 1)  # (A, n)
+            losses.append(self.among(self.config.scale * query, positive, flat[index]))
+        return losses
 
     def among(self, query: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
         """Cross entropy, 0-dim, of query (A, D) with positive (A, D) against (A, n, D) and it."""

@@ -40,7 +40,7 @@ def test_all_patches_as_candidates_follow_the_published_pseudo_code(golden, no_e
     data = golden("cpc_allneg_b2_d64_7x7_i1")
     method = bare(no_encoder, steps=1, skip=int(data["param_i"]), scale=float(data["param_scale"]))
     targets, predictions = leaf(data["targets"], dtype), leaf(data["preds"], dtype)
-    (loss,) = method.step_losses(targets.permute(0, 2, 3, 1), predictions.permute(0, 2, 3, 1))
+    (loss,) = method.step_losses((targets.permute(0, 2, 3, 1), predictions.permute(0, 2, 3, 1)))
     loss.backward()
     compare(loss, data["f64_loss"], dtype)
     compare(targets.grad, data["f64_grad_targets"], dtype, "targets")
@@ -64,7 +64,7 @@ def test_sampled_candidates_follow_greedy_infomax(golden, no_encoder, dtype, mon
     monkeypatch.setattr(method, "tables", lambda *_: tables)
     # f = c · (W_k z) = (W_kᵀ c) · z
     predictions = torch.einsum("nctw,kcd->ntwkd", c, w).flatten(3)
-    losses = method.step_losses(z.permute(0, 2, 3, 1), predictions)
+    losses = method.step_losses((z.permute(0, 2, 3, 1), predictions))
     losses.mean().backward()
     compare(losses, data["f64_loss_per_step"], dtype)
     compare(losses.mean(), data["f64_loss"], dtype)
@@ -82,7 +82,7 @@ def test_permuted_candidates_follow_the_audio_port(golden, no_encoder, dtype, mo
     sizes = [count * (length - k) for k in range(1, 5)]
     tables = [table[count * length - size :] for size in sizes]
     monkeypatch.setattr(method, "tables", lambda *_: tables)
-    losses = method.step_losses(z[:, :, None], (c @ w.T)[:, :, None])
+    losses = method.step_losses((z[:, :, None], (c @ w.T)[:, :, None]))
     losses.mean().backward()
     compare(losses, data["f64_loss_per_step"], dtype)
     compare(losses.mean(), data["f64_loss"], dtype)
@@ -101,7 +101,7 @@ def test_candidates_of_other_times_follow_the_other_audio_port(
     index = torch.tensor(data["neg_flat_index"]).long().transpose(1, 2).reshape(-1, 16)
     monkeypatch.setattr(method, "tables", lambda *_: [index] * 5)
     predictions = torch.einsum("ntc,kdc->ntkd", c, w).flatten(2)
-    losses = method.step_losses(z[:, :, None], predictions[:, :, None])
+    losses = method.step_losses((z[:, :, None], predictions[:, :, None]))
     losses.sum().backward()
     compare(losses, data["f64_loss_per_step"], dtype)
     for name, x in (("z", z), ("c", c), ("W", w)):
@@ -151,7 +151,7 @@ def test_detached_candidates_give_only_the_positive_a_gradient(no_encoder):
     z = torch.randn(2, 4, 1, 5).double().requires_grad_(True)
     predictions = torch.randn(2, 4, 1, 5).double()
     method = bare(no_encoder, steps=1, skip=1, detach_negatives=True)
-    method.step_losses(z, predictions).sum().backward()
+    method.step_losses((z, predictions)).sum().backward()
     expected = torch.zeros(2, 4, 1, 5).double()
     expected[:, 2:] = -predictions[:, :2] / 4  # four anchors
     torch.testing.assert_close(z.grad, expected)
@@ -215,8 +215,14 @@ def test_four_directions_are_four_turns_of_the_grid():
     seen = []
     for context in method.contexts:
         context.register_forward_hook(lambda _, x, y: seen.append(x[0]))
-    loss = method.loss([torch.randn(2, 1, 16, 16).double()], AT)
-    assert torch.isfinite(loss) and len(seen) == 4
+    images = torch.randn(2, 1, 16, 16).double()
+    loss = method.loss([images], AT)
+    terms = []  # the 3 × 3 patches of 2 images among each other, turned
+    label = torch.arange(18).view(2, 3, 3)[:, 1:].flatten()
+    for z, context, predictor in zip(seen, method.contexts, method.predictors, strict=True):
+        prediction = predictor(context.forward(z))[:, :2].flatten(0, 2)
+        terms.append(cross_entropy(prediction @ z.flatten(0, 2).T, label))
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
     assert torch.equal(seen[2], seen[0].flip(1, 2))  # from below
     assert torch.equal(seen[1][:, 0], seen[0][:, :, -1])  # from the right
     assert torch.equal(seen[3][:, 0], seen[0][:, :, 0].flip(1))  # from the left

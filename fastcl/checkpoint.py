@@ -115,9 +115,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in path, on the CPU. Raises ValueError when it is no checkpoint of this program."""
+    """The state in path, on the CPU. Raises ValueError when it is no checkpoint of this program.
+
+    Its tensors are the file, mapped: what is not used is not read, and a large bank is copied once,
+    to where it goes. What is kept for longer than the state should be a copy.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many kinds on a file that is not its own

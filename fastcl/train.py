@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 stopped by a loss that is not finite or by a full disk; 2 
 Ctrl-C; 143 SIGTERM.
 """
 
+import copy
 import math
 import sys
 import time
@@ -375,7 +376,8 @@ class Trainer:
         assert request.checkpoint is not None
         state = checkpoint.load(request.checkpoint)
         try:
-            self.method.load_state_dict(state["method"])
+            self.method.load_state_dict(state.pop("method"))  # into place: a bank is not held twice
+            state = copy.deepcopy(state)  # the optimizer keeps what it gets; the file is let go
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]

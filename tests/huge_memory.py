@@ -63,7 +63,14 @@ def main(rows: int, folder: Path) -> None:
         found = {"construction": construction - held, "step": training}
         if not options.keys() & {"bank_dtype", "queue_dtype"}:
             state = {"method": method.state_dict()}
-            found["checkpoint"], _ = grows(lambda: checkpoint.save(folder / "x.pt", state))  # noqa: B023
+            path = folder / "x.pt"
+            state |= {"values": {}}
+            found["checkpoint"], _ = grows(lambda: checkpoint.save(path, state))  # noqa: B023
+            before = status_bytes("RssAnon")  # the file's own pages are the system's to take back
+            saved = checkpoint.load(path)
+            method.load_state_dict(saved["method"])
+            found["restoring"] = status_bytes("RssAnon") - before
+            del saved
         print(json.dumps({"name": name, "options": options, "held": held, **found}), flush=True)
 
 

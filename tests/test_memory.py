@@ -37,9 +37,9 @@ def test_a_step_and_its_checkpoint_have_no_copy_of_the_memory(measured):
         half = not {"bf16", "fp16"}.isdisjoint(map(str, row["options"].values()))
         assert row["held"] == pytest.approx(fp32 / 2 if half else fp32, rel=0.05)
         # Of the smallest, 102 MB of bfloat16, a copy would be seen in any of them.
-        for what in {"construction", "step", "checkpoint"} & row.keys():
+        for what in {"construction", "step", "checkpoint", "restoring"} & row.keys():
             assert row[what] < 70e6, (what, row)
-    assert len(measured) == 6 and sum("checkpoint" in row for row in measured) == 2
+    assert len(measured) == 6 and sum("restoring" in row for row in measured) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 20, 33])

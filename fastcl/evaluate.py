@@ -27,7 +27,7 @@ from fastcl.config import with_values
 from fastcl.data import DataSplits, Split, augment, load
 from fastcl.methods import METHODS
 from fastcl.methods.simclr_v2 import SimCLRV2
-from fastcl.neighbours import DEFAULT, KNN, Neighbours, knn, own_knn
+from fastcl.neighbours import DEFAULT, KNN, Neighbours, knn, knn_of_unit_rows, own_knn
 from fastcl.probe import PROTOCOLS, Protocol, linear_probe, own_protocol, probed
 
 __all__ = [
@@ -68,15 +68,20 @@ def features_and_labels(
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    rows, labels = [], []
+    rows, labels = torch.empty(0), []
+    count = 0
     try:
         for images, label in split.batches(batch_size):
-            rows.append(model(normalize(images.to(device))).float().cpu())
+            part = model(normalize(images.to(device)))
+            if count == 0:  # in place from the start: those of raw pixels are large
+                rows = torch.empty(len(split), part.shape[1])
+            rows[count : count + len(part)] = part
             labels.append(label)
+            count += len(part)
     finally:
         for module, training in modes:
             module.training = training
-    return torch.cat(rows), torch.cat(labels)
+    return rows[:count], torch.cat(labels)
 
 
 def features(
@@ -108,7 +113,9 @@ def knn_accuracy(
         features_and_labels(model, split, normalize=normalize, batch_size=batch_size, device=device)
         for split in (data.train, data.test)
     )
-    return knn(*train, *test, k=min(k, len(train[0])), temperature=temperature)
+    for rows, _ in (train, test):
+        nf.normalize(rows, dim=1, out=rows)
+    return knn_of_unit_rows(*train, *test, k=min(k, len(train[0])), temperature=temperature)
 
 
 def pixel_knn_accuracy(

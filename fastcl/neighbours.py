@@ -63,8 +63,21 @@ def knn(
         raise ValueError(f"knn: k must be in 1 … {len(train_features)} training rows; got {k}")
     if not temperature > 0:
         raise ValueError(f"knn: temperature must be positive; got {temperature}")
-    classes = int(torch.cat((train_labels, test_labels)).max()) + 1
     train, test = nf.normalize(train_features, dim=1), nf.normalize(test_features, dim=1)
+    return knn_of_unit_rows(train, train_labels, test, test_labels, k=k, temperature=temperature)
+
+
+def knn_of_unit_rows(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int,
+    temperature: float,
+) -> float:
+    """The same of train (N, D) and test (M, D) whose rows have length 1: no copy of them."""
+    classes = int(torch.cat((train_labels, test_labels)).max()) + 1
     labels = train_labels.cpu()
     right = 0
     rows = max(1, SIMILARITIES // len(train))

@@ -1,7 +1,6 @@
 """Data sets: the embedded one byte for byte, folders, and one clear line for a bad path."""
 
 import hashlib
-import pickle
 import time
 
 import numpy as np
@@ -167,31 +166,7 @@ def test_a_train_folder_without_classes(tmp_path):
         data.load("folder", data_dir=tmp_path)
 
 
-# torchvision's
-
-
-def test_cifar10_is_read_from_its_files(tmp_path, monkeypatch):
-    """From files in CIFAR's own layout, with torchvision's checksums set aside."""
-    import torchvision
-
-    root = tmp_path / "cifar-10-batches-py"
-    root.mkdir()
-    rng = np.random.default_rng(0)
-    batches = {}
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        rows = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
-        batches[name] = {"data": rows, "labels": rng.integers(0, 10, 4).tolist()}
-        (root / name).write_bytes(pickle.dumps(batches[name]))
-    names = [f"class{i}" for i in range(10)]
-    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    cifar = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(cifar, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    loaded = data.load("cifar10", data_dir=tmp_path)
-    assert loaded.train.images.shape == (20, 3, 32, 32) and loaded.classes == tuple(names)
-    expected = batches["test_batch"]["data"].reshape(4, 3, 32, 32)
-    assert (loaded.test.images.numpy() == expected).all()
-    assert loaded.test.labels.tolist() == batches["test_batch"]["labels"]
+# torchvision's, whose files test_standard.py reads
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])

@@ -195,7 +195,8 @@ void bank_scores_forward(const void* query,     // (N, D)
                          const int64_t* index,  // (N, K)
                          const float* scale,    // ()
                          float* scores,         // (N, K)
-                         int64_t n, int64_t k, int64_t d, int dtype, int bank_dtype, int threads);
+                         int64_t n, int64_t k, int64_t m, int64_t d, int dtype, int bank_dtype,
+                         int threads);
 void bank_scores_backward(const float* grad,     // (N, K)
                           const void* query,     // (N, D)
                           const void* bank,      // (M, D)
@@ -203,7 +204,8 @@ void bank_scores_backward(const float* grad,     // (N, K)
                           const float* scale,    // ()
                           void* grad_query,      // (N, D)
                           float* grad_scale,     // ()
-                          int64_t n, int64_t k, int64_t d, int dtype, int bank_dtype, int threads);
+                          int64_t n, int64_t k, int64_t m, int64_t d, int dtype, int bank_dtype,
+                          int threads);
 
 // ---- bank.cpp
 void bank_update(void* bank,            // (M, D)

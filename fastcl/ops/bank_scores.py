@@ -50,7 +50,7 @@ class Cpp:
 def sizes_and_types(query: Tensor, bank: Tensor, index: Tensor) -> tuple[int, ...]:
     n, d = query.shape
     codes = DTYPE_CODES[query.dtype], DTYPE_CODES[bank.dtype]
-    return n, index.shape[1], d, *codes, torch.get_num_threads()
+    return n, index.shape[1], bank.shape[0], d, *codes, torch.get_num_threads()
 
 
 def run_forward(query: Tensor, bank: Tensor, index: Tensor, scale: Tensor) -> Tensor:

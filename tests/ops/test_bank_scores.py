@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fastcl.functional as F
+from fastcl import ops
+from fastcl.ops.bank_scores import bank_scores_backward
 from fastcl.reference.bank_scores import bank_scores
 from fastcl.testing import relative_error, value_and_gradients
 
@@ -13,7 +15,16 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k", "m", "d"), [(1, 1, 1, 1), (5, 33, 40, 100), (17, 129, 300, 64)])
+@pytest.mark.parametrize(
+    ("n", "k", "m", "d"),
+    [
+        (1, 1, 1, 1),
+        (5, 33, 40, 100),
+        (17, 129, 300, 64),  # more pairs than rows, which are one block of the bank
+        (7, 50, 300, 129),  # fewer
+        (6, 2100, 1300, 250),  # pieces of a query, blocks of the bank
+    ],
+)
 def test_matches_the_float64_formula(n: int, k: int, m: int, d: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, bank = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
@@ -29,6 +40,28 @@ def test_matches_the_float64_formula(n: int, k: int, m: int, d: int, dtype: torc
     half = dtype != torch.float32
     for a, b, slack in zip(ours, truth, (2e-6, torch.finfo(dtype).eps if half else 1e-5, 5e-5)):
         assert relative_error(a, b) < slack
+
+
+@pytest.mark.parametrize(("n", "k", "m", "d"), [(40, 257, 3000, 100), (3, 2100, 8000, 64)])
+def test_same_bits_for_any_number_of_threads(
+    assert_same_bits, n: int, k: int, m: int, d: int
+) -> None:
+    torch.manual_seed(0)
+    query, bank = torch.randn(n, d), torch.randn(m, d)
+    index, cotangent = torch.randint(m, (n, k)), torch.randn(n, k)
+    assert_same_bits(
+        lambda: value_and_gradients(lambda q: F.bank_scores(q, bank, index), (query,), cotangent)
+    )
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_the_kernel_refuses_an_index_outside(kernels, wrong: int) -> None:
+    """Compiled code comes to it without the look at the index before."""
+    query, bank, index = torch.randn(3, 16), torch.randn(9, 16), torch.tensor([[0], [wrong], [1]])
+    with pytest.raises(IndexError, match="outside the bank"):
+        ops.bank_scores(query, bank, index, torch.tensor(1.0))
+    with pytest.raises(IndexError, match="outside the bank"):
+        bank_scores_backward(torch.ones(3, 1), query, bank, index, torch.tensor(1.0))
 
 
 def test_a_bank_in_half_precision_serves_float32_queries() -> None:

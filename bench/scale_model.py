@@ -5,7 +5,8 @@ bytes of an element, U = r·D, A = R·D. Counted from fastcl/distributed.py, _fu
 
     operations    passes · 2·r·R·D                               passes: 1 forward + 3 backward
     gather        keys, twice         all-gather       (W − 1) · U·e      each
-                  keys' gradients     reduce-scatter   (W − 1) · U·4
+                  keys' gradients     reduce-scatter   (W − 1) · U·4          NCCL
+                                      all-to-all       (W − 1) · U·e          gloo
     ring          keys, twice         W − 1 exchanges of U·e      each
                   keys' gradients     W exchanges of U·4
     CLIP, both    columns' parts      all-to-all       (W − 1) · r·4
@@ -13,11 +14,12 @@ bytes of an element, U = r·D, A = R·D. Counted from fastcl/distributed.py, _fu
 
     seconds       operations / rate  +  steps · latency  +  bytes / bandwidth
 
-Nothing overlaps. Each collective takes W − 1 steps from neighbour to neighbour, as rings of NCCL
-and gloo do. gloo has no reduce-scatter: torch all-reduces a copy, which doubles bytes and steps.
+Nothing overlaps. Each collective takes W − 1 steps, as rings of NCCL and gloo do. gloo has no
+reduce-scatter: each rank is sent the parts of its own rows, and adds them up itself.
 
     memory        the most that is alive at once, beside the inputs and their gradients
-    gather        while gradients are scattered: keys' gradients A·e, a padded copy A·4 (gloo: two)
+    gather        while gradients are scattered: keys' gradients A·e, and as much that is received
+                  (gloo), or a padded copy A·4 (NCCL)
     ring          keys and their gradients that are here, and a part of each: a few U, whatever W
 
 The kernels' own packed operands are left out, which they keep from call to call.
@@ -79,8 +81,8 @@ def traffic(case: Case) -> list[tuple[str, int, int]]:
     found = [("sizes", others, 8 * others)]
     if case.kind == "gather":
         found += [("keys", 2 * others, 2 * others * own * case.itemsize)]
-        rounds = 2 * others if case.backend == "gloo" else others
-        found += [("keys' gradients", rounds, rounds * own * 4)]
+        width = case.itemsize if case.backend == "gloo" else 4
+        found += [("keys' gradients", others, others * own * width)]
     else:
         rounds = case.world if others else 0
         found += [("keys", 2 * others, 2 * others * own * case.itemsize)]
@@ -111,10 +113,9 @@ def peak_bytes(case: Case) -> int:
     held += 8 * case.world * case.rows  # numbers of all rows
     gloo = case.backend == "gloo"
     if case.kind == "gather":
-        gathering = 2 * everything * e  # all_gather's result, and gloo's flat one or the rows of it
+        gathering = everything * e * (2 if gloo else 1)  # gloo's own copy of the result
         kernel = own * e + 2 * everything * e  # gradients of query and keys, keys
-        padded = everything * 4 * (2 if gloo else 1)
-        scattering = own * e + everything * e + padded + own * 4
+        scattering = own * e + everything * e + everything * (e if gloo else 4) + own * 4
         return held + max(gathering + own * e, kernel, scattering)
     totals = 2 * own * 4  # gradients of the query, and of the keys that are here
     visitors = own * e if case.world > 1 else 0

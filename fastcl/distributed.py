@@ -103,16 +103,37 @@ def needs_grad(x: Tensor) -> bool:
 
 def _gather(x: Tensor, at: Share) -> Tensor:
     longest = max(at.counts)
-    padded = x.new_zeros(longest, *x.shape[1:])
-    padded[: len(x)] = x
+    padded = x.contiguous()
+    if len(x) < longest:
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: len(x)] = x
     everything = x.new_empty(at.world * longest, *x.shape[1:])
     _all_gather(everything, padded, group=process_group(at))
+    if min(at.counts) == longest:
+        return everything
     parts = everything.split(longest)
     return torch.cat([part[:count] for part, count in zip(parts, at.counts)])
 
 
 def scatter_sum(x: Tensor, at: Share) -> Tensor:
-    """The sum over ranks of the rows that are this rank's: (N, ...) of x (total, ...)."""
+    """The sum over ranks of the rows that are this rank's: (N, ...) of x (total, ...).
+
+    In float32 at least. gloo has no reduce-scatter, torch all-reduces a copy in its place: so there
+    each rank gets the others' parts of its rows and adds them up, in the order of the ranks.
+    """
+    if dist.get_backend(process_group(at)) == "gloo":
+        return _scatter_parts(x, at)
+    return _reduce_scatter_padded(x, at)
+
+
+def _scatter_parts(x: Tensor, at: Share) -> Tensor:
+    mine = at.counts[at.rank]
+    parts = exchange(x.contiguous(), at)  # (W · N, ...)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return parts.view(at.world, mine, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
+
+
+def _reduce_scatter_padded(x: Tensor, at: Share) -> Tensor:
     longest = max(at.counts)
     padded = x.new_zeros(
         at.world, longest, *x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32)
@@ -122,6 +143,15 @@ def scatter_sum(x: Tensor, at: Share) -> Tensor:
     own = padded.new_empty(padded.shape[1:])
     _reduce_scatter(own, padded.flatten(0, 1), group=process_group(at))
     return own[: at.counts[at.rank]].to(x.dtype)
+
+
+def exchange(x: Tensor, at: Share) -> Tensor:
+    """What each rank has for this one, (W · N, ...), of its x (total, ...) for all of them."""
+    mine = at.counts[at.rank]
+    received = x.new_empty(at.world * mine, *x.shape[1:])
+    sizes = [mine] * at.world, list(at.counts)
+    dist.all_to_all_single(received, x, *sizes, group=process_group(at))
+    return received
 
 
 def process_group(at: Share) -> dist.ProcessGroup:

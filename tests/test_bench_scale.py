@@ -43,8 +43,9 @@ def row_of(record, loss, kind, world):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_processes_receive_the_models_bytes(record, loss, kind):
     row = row_of(record, loss, kind, 2)
-    own = 512 * 128 * LOSSES[loss]
-    assert row["received"] == row["model"]["received"] > 4 * 4 * own - 1
+    own, rounds = 512 * 128 * LOSSES[loss], {"gather": 3, "ring": 4}[kind]
+    assert row["received"] == row["model"]["received"]
+    assert 0 <= row["received"] - rounds * 4 * own < 0.1 * own
     assert row_of(record, loss, kind, 1)["received"] == 0
 
 
@@ -54,7 +55,7 @@ def test_memory_of_two_processes_is_near_the_models(record, loss):
     if not gather["peak"]:
         pytest.skip("this kernel does not tell peaks of memory")
     assert 0.8 < ring["peak"] / ring["model"]["peak"] < 1.5
-    assert 0.8 < gather["peak"] / gather["model"]["peak"] < 2.5  # gloo frees its copies late
+    assert 0.8 < gather["peak"] / gather["model"]["peak"] < 1.8
     assert ring["peak"] < gather["peak"]
 
 

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastcl.functional as F
+from fastcl import distributed
 from fastcl.distributed import Ring
 
 COUNTS = {2: (5, 3), 3: (2, 4, 3)}  # images on each rank
@@ -67,6 +68,12 @@ def measured(loss: Callable[..., Tensor], x: Tensor, y: Tensor, **options) -> li
     ]
 
 
+def parts(world: int, rank: int) -> Tensor:
+    """What a rank has for all ranks' rows."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(sum(COUNTS[world]), D, 2, generator=generator)
+
+
 def self_distilled(views: Tensor, **options) -> Tensor:  # type: ignore[no-untyped-def]
     """DINO's loss of views (2, N, D), which are student and teacher."""
     return F.self_distillation(views, views.detach(), center=torch.ones(D), **options)
@@ -92,6 +99,11 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     loss = self_distilled(views, group=dist.group.WORLD)
     results["self_distillation"] = loss.detach(), *torch.autograd.grad(loss, views)
     results["sinkhorn"] = F.sinkhorn(scores, epsilon=0.3, group=dist.group.WORLD)
+    at = distributed.share(COUNTS[world][rank], dist.group.WORLD, torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = parts(world, rank).to(dtype)
+        found = distributed.scatter_sum(x, at), distributed._reduce_scatter_padded(x, at)
+        results["scattered", dtype] = found  # by gloo, and as NCCL has it
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -133,6 +145,16 @@ def test_ranks_give_the_gradients_of_one_process(
     torch.testing.assert_close(found, value, **tolerance)
     for gradient, expected in zip(gradients, (grad_x, grad_y, grad_t)):
         torch.testing.assert_close(gradient, expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_parts_are_summed_where_the_rows_are(ranks, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    world, results = ranks
+    total = sum(parts(world, rank).to(dtype).double() for rank in range(world))
+    for way in range(2):
+        found = torch.cat([result["scattered", dtype][way] for result in results])
+        rtol = 1e-6 if dtype == torch.float32 else 2**-8  # one rounding, at the end
+        torch.testing.assert_close(found.double(), total, rtol=rtol, atol=rtol)
 
 
 def test_sinkhorn_of_ranks_is_that_of_the_whole_batch(ranks) -> None:  # type: ignore[no-untyped-def]

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcl import ops
@@ -24,10 +23,10 @@ from fastcl.distributed import (
     Ring,
     Share,
     around,
+    exchange,
     gather,
     needs_grad,
     pass_on,
-    process_group,
     scatter_sum,
 )
 from fastcl.ops.similarity_lse import similarity_lse_backward
@@ -125,12 +124,7 @@ def visited(key: Tensor, at: Share) -> Iterator[tuple[slice, Tensor]]:
 
 def meet(parts: Tensor, at: Share) -> Tensor:
     """Our columns' log-sum-exps (N,) from each rank's parts (total,) of all columns."""
-    mine = at.counts[at.rank]
-    received = parts.new_empty(at.world, mine)
-    dist.all_to_all_single(
-        received.view(-1), parts, [mine] * at.world, list(at.counts), group=process_group(at)
-    )
-    return received.logsumexp(0)
+    return exchange(parts, at).view(at.world, at.counts[at.rank]).logsumexp(0)
 
 
 def _ring_backward(

@@ -101,6 +101,16 @@ def test_compile_is_the_same_run(method, losses, compiler, tmp_path, monkeypatch
     assert states[0]["method"].keys() == states[1]["method"].keys()
 
 
+@pytest.mark.parametrize("first", ["--compile", "--precision bf16"])
+def test_few_rows_at_a_time_go_with(first, losses, compiler):
+    extra = "--encoder-norm gn"  # rows do not see each other, and chunks change nothing
+    compiler()
+    expected = losses("whole", f"{extra} {first}", "byol-v2")
+    assert losses("few", f"{extra} {first} --micro-batch 6", "byol-v2") == pytest.approx(
+        expected, rel=0.005
+    )
+
+
 def test_careful_initialisation_is_not_compiled_in(losses, compiler):
     extra = "--encoder-norm none --careful-init"
     compiler()

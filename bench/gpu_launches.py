@@ -162,6 +162,8 @@ PRODUCTS = (
     "mean_kernel",
     "loss_kernel",
     "shares_kernel",
+    "weights_kernel",
+    "sums_kernel",
 )
 
 

@@ -208,24 +208,27 @@ def predict(
     return Prediction(clocks, bound, of, alone, overlapped, reached)
 
 
-def flops_of_tile(options: dict[str, Any], d: int) -> tuple[int, float]:
-    """-> executed for a tile of a product kernel, and the share of it that the result needs.
-
-    Products of D features in steps of BLOCK_D; sums of BLOCK_V features, whose scores every block
-    of features computes anew.
-    """
+def flops_of_tile(name: str, options: dict[str, Any], d: int) -> tuple[int, float]:
+    """-> executed for a tile of a product kernel, and the share of it that the result needs: all
+    but the padding of D to whole blocks."""
     x = options.get("BLOCK_X") or options["BLOCK_N"]
     y = options.get("BLOCK_Y") or options["BLOCK_M"]
-    padded, v = steps_of(options, d) * options["BLOCK_D"], options.get("BLOCK_V", 0)
-    executed = 2 * x * y * (padded + v)
-    features = -(-d // v) if v else 1
-    needed = 2 * x * y * d * (2 if v else 1)
-    return executed, needed / (features * executed)
+    padded, summed = (
+        steps_of(options, d) * options.get("BLOCK_D", 0),
+        features_summed(name, options),
+    )
+    needed = (d if padded else 0) + (min(d, summed) if padded else d / -(-d // summed))
+    return 2 * x * y * (padded + summed), needed / (padded + summed)
+
+
+def features_summed(name: str, options: dict[str, Any]) -> int:
+    """Of those of a tile's weighted sum, for kernels that form one."""
+    return options.get("BLOCK_V") or (options["BLOCK_D"] if name == "gradient_kernel" else 0)
 
 
 def steps_of(options: dict[str, Any], d: int) -> int:
     """Blocks of features that the products of one tile are made of."""
-    return -(-d // options["BLOCK_D"])
+    return -(-d // options["BLOCK_D"]) if "BLOCK_D" in options else 0
 
 
 def tensor_work(opcodes: Counter[str], report: Report) -> int:
@@ -240,9 +243,9 @@ def tensor_work_needed(report: Report, d: int) -> int:
     """The same of the algorithm."""
     options = report.options
     if report.target == 100:  # one instruction has all of a tile's rows and columns
-        depth = steps_of(options, d) * options["BLOCK_D"]
-        return (depth + (options["BLOCK_Y"] if "BLOCK_V" in options else 0)) // 16
-    return flops_of_tile(options, d)[0]
+        depth = steps_of(options, d) * options.get("BLOCK_D", 0)
+        return (depth + (options["BLOCK_Y"] if features_summed(report.name, options) else 0)) // 16
+    return flops_of_tile(report.name, options, d)[0]
 
 
 def trips_of(report: Report, d: int) -> int:
@@ -254,6 +257,26 @@ def trips_of(report: Report, d: int) -> int:
         return steps
     trips, rest = divmod(tensor_work_needed(report, d) - tensor_work(main.own, report), inside)
     return trips if rest == 0 and steps - 2 <= trips <= steps else steps
+
+
+def tile_of(report: Report, d: int) -> Counter[str]:
+    """What a product kernel executes for one tile.
+
+    That of weights_kernel is the program: its loop over blocks of D, and all that surrounds it,
+    both alternatives of a branch among it.
+    """
+    if report.main is None:
+        return report.whole
+    if report.name != "weights_kernel":
+        return report.main.opcodes(trips_of(report, d))
+    loop = report.main.opcodes()
+    around = report.whole - loop
+    trips, rest = divmod(
+        tensor_work_needed(report, d) - tensor_work(around, report), tensor_work(loop, report) or 1
+    )
+    if rest or not tensor_work(loop, report):
+        trips = steps_of(report.options, d)
+    return around + Counter({opcode: trips * n for opcode, n in loop.items()})
 
 
 @dataclass(frozen=True)
@@ -280,17 +303,18 @@ class Row:
 
 def row_of(operation: str, case: Case, report: Report) -> Row:
     products = is_product(report.word, report.name)
-    trips = trips_of(report, case.d) if products else 1
-    main = report.main if products else report.longest
-    # A kernel without a loop is one tile.
-    opcodes = main.opcodes(trips) if main else report.whole
-    flops, useful = flops_of_tile(report.options, case.d) if products else (0, 1.0)
+    if products:
+        opcodes = tile_of(report, case.d)
+    else:  # a kernel without a loop is one tile
+        opcodes = report.longest.opcodes(1) if report.longest else report.whole
+    flops, useful = flops_of_tile(report.name, report.options, case.d) if products else (0, 1.0)
     if products and report.target != 100:
         # Where a tile has fewer pieces than the block has warps, some do the same products.
         executed = max(flops, tensor_work(opcodes, report))
         flops, useful = executed, useful * flops / executed
     blocks = report.blocks_per_multiprocessor
-    flags = [k.lower() for k in ("SELF", "OWN", "OTHER", "HAS_IDS") if report.options.get(k)]
+    named = ("SELF", "OWN", "OTHER", "HAS_ROWS", "HAS_COLUMNS", "HAS_IDS", "TRANSPOSED")
+    flags = [k.lower().removeprefix("has_") for k in named if report.options.get(k)]
     return Row(
         operation=operation,
         kernel=f"{report.name.removesuffix('_kernel')}{' ' * bool(flags)}{'+'.join(flags)}",
@@ -328,7 +352,8 @@ COLUMNS = (
 )
 LEGEND = """\
 regs a thread, spill bytes, KB of shared memory a block, blocks on a multiprocessor; tensor, EX2 and
-all instructions of a warp for one tile, by the cheapest way through the loop; bound: the unit that
+all instructions of a warp for one tile, by the cheapest way through the loop (of weights: by all
+ways through the program); bound: the unit that
 takes longest; of the tensor peak (f: of float32's, m: of the memory's) what one block alone and
 perfect overlap would give, and the prediction; useful: share of the multiplications that the
 result needs, the rest being computed again or padding. No L2 limit is in the figures but for

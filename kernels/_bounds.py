@@ -1,4 +1,4 @@
-"""How large the weights of a launch's sums can be, for _weighted_sums and _means.
+"""How large the weights of a launch's sums can be, for _weighted_sums, _means and _panels.
 
     W_ij = g_i 2^(s_ij − own_i) + h_j 2^(s_ij − other_j)
 
@@ -30,19 +30,19 @@ def log2_sum(LSE, i, mask):
 
 
 @triton.jit
-def half_shift(weight, factor):
-    """The exponent that brings weight · factor to at most 2^14."""
+def half_shift(weight, factor, HEADROOM: tl.constexpr):
+    """The exponent that brings weight · factor to at most 2^(14 − HEADROOM)."""
     size = weight * factor
-    return tl.where(size > 0.0, 14.0 - tl.ceil(tl.log2(size)), 0.0)
+    return tl.where(size > 0.0, 14.0 - HEADROOM - tl.ceil(tl.log2(size)), 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def bounds_kernel(
     ROW_LSE, ROW_GRAD, COLUMN_LSE, COLUMN_GRAD, Q_FACTOR, K_FACTOR,
-    BOUNDS,  # (4,) out: top, whether one exponential does, shift for dq, shift for dk
+    BOUNDS,  # (5,) out: top, whether one exponential does, shifts for dq, for dk, and for both
     N, M,
     HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: the extremes of the log-sum-exps, gradients and factors."""
     zero = tl.zeros([BLOCK], tl.float32)
@@ -76,8 +76,9 @@ def bounds_kernel(
             key_factor = tl.maximum(key_factor, tl.load(K_FACTOR + j, mask=j < M, other=0.0))
     highest = finite(tl.max(top, axis=0))
     spread = highest - tl.min(bottom, axis=0)
-    weight_q = tl.max(row_weight, axis=0) + tl.max(column_weight, axis=0)
-    weight_k = weight_q
+    weight = tl.max(row_weight, axis=0) + tl.max(column_weight, axis=0)
+    weight_q = weight
+    weight_k = weight
     if not HAS_COLUMNS:
         weight_q = 1.0  # g_i multiplies the finished sum; a mean's weights are at most 1
     if not HAS_ROWS:
@@ -86,8 +87,9 @@ def bounds_kernel(
     largest_k = tl.max(key_factor, axis=0) if NORMALIZE else 1.0
     tl.store(BOUNDS, highest)
     tl.store(BOUNDS + 1, tl.where(spread < ONE_EXPONENTIAL_RANGE, 1.0, 0.0))
-    tl.store(BOUNDS + 2, half_shift(weight_q, largest_k))
-    tl.store(BOUNDS + 3, half_shift(weight_k, largest_q))
+    tl.store(BOUNDS + 2, half_shift(weight_q, largest_k, HEADROOM))
+    tl.store(BOUNDS + 3, half_shift(weight_k, largest_q, HEADROOM))
+    tl.store(BOUNDS + 4, half_shift(weight, largest_q * largest_k, HEADROOM))
 
 
 def weights_bounds(
@@ -97,16 +99,21 @@ def weights_bounds(
     key: torch.Tensor,
     query_factor: torch.Tensor | None,
     key_factor: torch.Tensor | None,
+    *,
+    headroom: int = 0,
 ) -> torch.Tensor | None:
-    """(4,) for gradient: see bounds_kernel. None where no kernel would read it."""
+    """(5,) for gradient: see bounds_kernel. None where no kernel would read it.
+
+    headroom: weights may be 2^headroom times the largest gradient.
+    """
     both = rows is not None and columns is not None
     if query.dtype != torch.float16 and not both:
         return None
-    bounds = torch.empty(4, dtype=torch.float32, device=query.device)
+    bounds = torch.empty(5, dtype=torch.float32, device=query.device)
     bounds_kernel[(1,)](
         *(rows or (None, None)), *(columns or (None, None)), query_factor, key_factor, bounds,
         query.shape[0], key.shape[0],
         HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None,
-        NORMALIZE=query_factor is not None, BLOCK=2048, num_warps=8,
+        NORMALIZE=query_factor is not None, HEADROOM=headroom, BLOCK=2048, num_warps=8,
     )  # fmt: skip
     return bounds

@@ -10,6 +10,8 @@ the forward pass. The second product has its weights in the operands' type: see 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from fastcl.kernels._bounds import weights_bounds
 from fastcl.kernels._tiles import (
     BOUNDED_RANGE,
     LOG2E,
+    Pair,
     finite,
     in_groups,
     load_tile,
@@ -25,13 +28,13 @@ from fastcl.kernels._tiles import (
     products,
     wide,
 )
-from fastcl.kernels._weighted_sums import combine_blocks, splits_of, sum_options
+from fastcl.kernels._weighted_sums import combine_blocks, splits_of
 
 
 @triton.jit(do_not_specialize=["N", "M", "splits", "chunk"])
 def mean_kernel(
     Q, K, SCALE, Q_FACTOR, K_FACTOR, Q_IDS, K_IDS,
-    BOUNDS,  # (4,), if USE_BOUNDS
+    BOUNDS,  # (5,), if USE_BOUNDS
     LSE_PART,  # (splits, N) out: log₂ Σ_j 2^s₂ over a part of the keys
     MEAN_PART,  # (splits, N, D) out: the mean of that part
     N, M, D, splits, chunk,
@@ -39,11 +42,12 @@ def mean_kernel(
     WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries against a part of the keys: attention whose values are its keys."""
-    pid = tl.program_id(0)
-    features = tl.cdiv(D, BLOCK_V)
-    v_start = pid % features * BLOCK_V
-    block, split = in_groups(pid // features, tl.cdiv(N, BLOCK_X), splits, 8)
+    """One block of queries against a part of the keys: attention whose values are its keys.
+
+    BLOCK_V has all D features. BLOCK_D has them in half precision; in float32 the scores are made
+    in steps of fewer, which leaves registers for the means.
+    """
+    block, split = in_groups(tl.program_id(0), tl.cdiv(N, BLOCK_X), splits, 8)
     bound, sign = magnitude_and_sign(SCALE)
     bounded = NORMALIZE and not HAS_IDS and 2 * bound < BOUNDED_RANGE
     start = block * BLOCK_X
@@ -57,7 +61,7 @@ def mean_kernel(
     if USE_BOUNDS:
         shift = tl.load(BOUNDS + 2)
     d = tl.arange(0, BLOCK_D)
-    v = v_start + tl.arange(0, BLOCK_V)
+    v = tl.arange(0, BLOCK_V)
     if WHOLE_D:
         q = load_tile(Q, start, N, D, d, BLOCK_X, True)
         q = tl.where(sign < 0, -q, q)
@@ -73,8 +77,6 @@ def mean_kernel(
         if WHOLE_D:
             k = load_tile(K, k_start, M, D, d, BLOCK_Y, True)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
-            if BLOCK_V != BLOCK_D:
-                k = load_tile(K, k_start, M, D, v, BLOCK_Y, True)
         else:
             s = sign * products(
                 Q, K, start, k_start, N, M, D,
@@ -106,7 +108,7 @@ def mean_kernel(
     at = MEAN_PART + (wide(split) * N + start) * D + tl.arange(0, BLOCK_X)[:, None] * D + v[None, :]
     tl.store(at, mean, mask=valid[:, None] & (v < D)[None, :])
     lse = m + tl.log2(l) - shift
-    tl.store(LSE_PART + wide(split) * N + i, lse, mask=valid & (v_start == 0))
+    tl.store(LSE_PART + wide(split) * N + i, lse, mask=valid)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -139,32 +141,28 @@ def combine_means_kernel(
 
 
 def mean(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    row: dict[str, Any],
+    operands: list[torch.Tensor],
     scale: torch.Tensor,
-    query_factor: torch.Tensor | None,
-    key_factor: torch.Tensor | None,
-    query_ids: torch.Tensor | None,
-    key_ids: torch.Tensor | None,
+    factors: Pair,
+    ids: Pair,
+    asked: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' log-sum-exp (N,) and Σ_j p_ij k̂_j (N, D), both float32."""
-    features_asked = query.shape[1]
-    row, (query, key) = sum_options("similarity_mean", query, key, ids=query_ids is not None)
+    """The rows' log-sum-exp (N,) and Σ_j p_ij k̂_j (N, asked), both float32; row and operands are
+    those of sum_options."""
+    query, key = operands
     (n, d), m = query.shape, key.shape[0]
     device = query.device
-    normalize = query_factor is not None
-    bounds = weights_bounds(None, None, query, key, query_factor, key_factor)
-    features = triton.cdiv(d, row["BLOCK_V"])
+    bounds = weights_bounds(None, None, query, key, *factors)
     blocks = triton.cdiv(n, row["BLOCK_X"])
-    tiles = triton.cdiv(m, row["BLOCK_Y"])
-    splits, chunk = splits_of(query, blocks * features, tiles)
+    splits, chunk = splits_of(query, blocks, triton.cdiv(m, row["BLOCK_Y"]))
     lse_part = torch.empty(splits, n, dtype=torch.float32, device=device)
     mean_part = torch.empty(splits, n, d, dtype=torch.float32, device=device)
-    mean_kernel[(blocks * splits * features,)](
-        query, key, scale, query_factor, key_factor, query_ids, key_ids, bounds,
+    mean_kernel[(blocks * splits,)](
+        query, key, scale, *factors, *ids, bounds,
         lse_part, mean_part, n, m, d, splits, chunk,
-        NORMALIZE=normalize, HAS_IDS=query_ids is not None, USE_BOUNDS=bounds is not None,
-        **row,
+        NORMALIZE=factors[0] is not None, HAS_IDS=ids[0] is not None,
+        USE_BOUNDS=bounds is not None, WHOLE_D=d <= row["BLOCK_D"], **row,
     )  # fmt: skip
     lse = torch.empty(n, dtype=torch.float32, device=device)
     means = torch.empty(n, d, dtype=torch.float32, device=device)
@@ -172,4 +170,4 @@ def mean(
     combine_means_kernel[(triton.cdiv(n, options["BLOCK"]),)](
         lse_part, mean_part, lse, means, n, d, splits, **options
     )
-    return lse, means[:, :features_asked].contiguous()
+    return lse, means[:, :asked].contiguous()

@@ -9,7 +9,8 @@ and y the key (own: the rows' log-sum-exp, other: the columns'), and the other w
 key's gradient; for self_similarity_lse both are z, and so are own and other.
 
 Both products use tensor cores, W in the operands' type: _bounds has the power of two that fits W
-into it.
+into it. Rows longer than a tile, and float32, whose products leave no room for a block of u beside
+them, go by way of _panels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from fastcl.kernels._tiles import (
     in_whole_blocks,
     load_tile,
     magnitude_and_sign,
-    products,
     wide,
 )
 
@@ -63,25 +63,22 @@ def gradient_kernel(
     X, Y, SCALE, X_FACTOR, Y_FACTOR, X_IDS, Y_IDS,
     OWN_LSE, OWN_GRAD,  # (NX,) own_i and g_i, if OWN
     OFFSET, WEIGHT, FOLDED,  # (NY padded,) from fold_kernel, if OTHER
-    BOUNDS,  # (4,) from bounds_kernel, if USE_BOUNDS
+    BOUNDS,  # (5,) from bounds_kernel, if USE_BOUNDS
     DX,  # (NX, D) out, if FUSED
     DOT,  # (NX,) out: <x̂_i, u_i>, if FUSED
     PART,  # (splits, NX, D) out: u_i over a part of y, otherwise
     NX, NY, D, splits, chunk, side,
     OWN: tl.constexpr, OTHER: tl.constexpr, SELF: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, USE_BOUNDS: tl.constexpr, FUSED: tl.constexpr,
-    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """u for one block of x, one part of y, and BLOCK_V of the D features.
+    """u for one block of x and one part of y. BLOCK_D has all D features.
 
     What varies with y inside the loop is kept to one or two vectors. Where a g_i could be folded
     into the exponent it is not: it may be negative.
     """
-    pid = tl.program_id(0)
-    features = tl.cdiv(D, BLOCK_V)
-    v_start = pid % features * BLOCK_V
-    block, split = in_groups(pid // features, tl.cdiv(NX, BLOCK_X), splits, 8)
+    block, split = in_groups(tl.program_id(0), tl.cdiv(NX, BLOCK_X), splits, 8)
     bound, sign = magnitude_and_sign(SCALE)
     start = block * BLOCK_X
     i = start + tl.arange(0, BLOCK_X)
@@ -104,28 +101,17 @@ def gradient_kernel(
         else:
             own -= shift
     d = tl.arange(0, BLOCK_D)
-    v = v_start + tl.arange(0, BLOCK_V)
-    if WHOLE_D:
-        x = load_tile(X, start, NX, D, d, BLOCK_X, True)
-        x = tl.where(sign < 0, -x, x)
+    x = load_tile(X, start, NX, D, d, BLOCK_X, True)
+    x = tl.where(sign < 0, -x, x)
 
-    u = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
+    u = tl.zeros([BLOCK_X, BLOCK_D], tl.float32)
     first = split * chunk
     last = tl.minimum(first + chunk, tl.cdiv(NY, BLOCK_Y))
     for tile in tl.range(first, last):
         y_start = tile * BLOCK_Y
         j = y_start + tl.arange(0, BLOCK_Y)
-        if WHOLE_D:
-            y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, True)
-            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
-            if BLOCK_V != BLOCK_D:
-                y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, True)
-        else:
-            s = sign * products(
-                X, Y, start, y_start, NX, NY, D,
-                BLOCK_X, BLOCK_Y, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            y = load_tile(Y, y_start, NY, D, v, BLOCK_Y, True)
+        y = load_tile(Y, y_start, NY, D, d, BLOCK_Y, True)
+        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
         if NORMALIZE:
             r = tl.load(Y_FACTOR + j)
             s *= r[None, :]
@@ -163,16 +149,16 @@ def gradient_kernel(
     else:
         u *= tl.exp2(0.0 - shift)
     if FUSED:
-        x = load_tile(X, start, NX, D, v, BLOCK_X, True).to(tl.float32)
+        x = load_tile(X, start, NX, D, d, BLOCK_X, True).to(tl.float32)
         dx, dot = through_normalisation(
             x, u, tl.sum(x * x, axis=1), tl.sum(x * u, axis=1), SCALE, NORMALIZE
         )
         tl.store(DOT + i, dot, mask=i < NX)
-        at = DX + wide(start) * D + tl.arange(0, BLOCK_X)[:, None] * D + v[None, :]
-        tl.store(at, dx.to(DX.dtype.element_ty), mask=(i < NX)[:, None] & (v < D)[None, :])
+        at = DX + wide(start) * D + tl.arange(0, BLOCK_X)[:, None] * D + d[None, :]
+        tl.store(at, dx.to(DX.dtype.element_ty), mask=(i < NX)[:, None] & (d < D)[None, :])
     else:
-        at = PART + (wide(split) * NX + start) * D + tl.arange(0, BLOCK_X)[:, None] * D + v[None, :]
-        tl.store(at, u, mask=(i < NX)[:, None] & (v < D)[None, :])
+        at = PART + (wide(split) * NX + start) * D + tl.arange(0, BLOCK_X)[:, None] * D + d[None, :]
+        tl.store(at, u, mask=(i < NX)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -231,16 +217,20 @@ def splits_of(x: torch.Tensor, blocks: int, tiles: int) -> tuple[int, int]:
 
 def sum_options(
     kernel: str, *operands: torch.Tensor, ids: bool = False
-) -> tuple[dict[str, Any], list[torch.Tensor]]:
+) -> tuple[dict[str, Any], list[torch.Tensor]] | None:
     """The launch options of a kernel that sums weighted rows, and the operands (·, D) as it needs
-    them."""
+    them; None where its blocks do not hold D features."""
     x = operands[0]
     d = x.shape[1]
+    if not configs.knows(kernel, x):
+        return None
     row: dict[str, Any] = configs.pick(kernel, x, d, ids=ids)
-    for block in ("BLOCK_D", "BLOCK_V"):
+    if d > row.get("BLOCK_V", row["BLOCK_D"]):
+        return None
+    for block in row.keys() & {"BLOCK_D", "BLOCK_V"}:
         row[block] = configs.block_of(d, row[block])
-    multiple = max(row["BLOCK_D"], row["BLOCK_V"])
-    row.update(WHOLE_D=d <= row["BLOCK_D"], PRECISION=configs.input_precision(x))
+    row["PRECISION"] = configs.input_precision(x)
+    multiple = row.get("BLOCK_V", row["BLOCK_D"])
     return row, [in_whole_blocks(operand, multiple) for operand in operands]
 
 
@@ -277,17 +267,18 @@ def gradient(
     own: Weights | None,
     other: Weights | None,
     bounds: torch.Tensor | None,
+    row: dict[str, Any],
+    asked: int,
     *,
     side: int,
     is_self: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx (NX, D) in x's type, and <x̂_i, u_i> (NX,) float32.
+    """dx (NX, asked) in x's type, and <x̂_i, u_i> (NX,) float32; row and operands are those of
+    sum_options.
 
     own, other: (lse, its gradient) of x's rows and of y's, or None. side: 0 when x is the query,
     1 when it is the key; it says which of the bounds' shifts is meant.
     """
-    asked = x.shape[1]
-    row, (x, y) = sum_options("similarity_gradient", x, y, ids=x_ids is not None)
     (nx, d), ny = x.shape, y.shape[0]
     device = x.device
     normalize = x_factor is not None
@@ -299,18 +290,16 @@ def gradient(
             *other, y_factor, bounds, offset, weight, folded, ny, padded, side,
             NORMALIZE=normalize, USE_BOUNDS=bounds is not None, BLOCK=512, num_warps=4,
         )  # fmt: skip
-    features = triton.cdiv(d, row["BLOCK_V"])
     blocks = triton.cdiv(nx, row["BLOCK_X"])
-    tiles = triton.cdiv(ny, row["BLOCK_Y"])
-    splits, chunk = splits_of(x, blocks * features, tiles)
-    fused = splits == 1 and features == 1 and row["BLOCK_V"] <= FUSED_FEATURES
+    splits, chunk = splits_of(x, blocks, triton.cdiv(ny, row["BLOCK_Y"]))
+    fused = splits == 1 and row["BLOCK_D"] <= FUSED_FEATURES
     dx = dot = part = None
     if fused:
         dx, dot = torch.empty_like(x), torch.empty(nx, dtype=torch.float32, device=device)
     else:
         part = torch.empty(splits, nx, d, dtype=torch.float32, device=device)
     own_lse, own_grad = own if own is not None else (None, None)
-    gradient_kernel[(blocks * splits * features,)](
+    gradient_kernel[(blocks * splits,)](
         x, y, scale, x_factor, y_factor, x_ids, y_ids,
         own_lse, own_grad, offset, weight, folded, bounds, dx, dot, part,
         nx, ny, d, splits, chunk, side,

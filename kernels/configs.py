@@ -38,24 +38,27 @@ def _rows(kernel: str, arch: Target, size: int, columns: str, *values: tuple[int
 
 
 LSE = "bucket BLOCK_N BLOCK_M BLOCK_D num_warps num_stages"
-SUM = "bucket BLOCK_X BLOCK_Y BLOCK_D BLOCK_V num_warps num_stages"
+SUM = "bucket BLOCK_X BLOCK_Y BLOCK_D num_warps num_stages"
+MEAN = "bucket BLOCK_X BLOCK_Y BLOCK_D BLOCK_V num_warps num_stages"
+PRODUCT = "bucket BLOCK_X BLOCK_V BLOCK_Y num_warps num_stages"
 
 # Forward: at least two blocks on a multiprocessor where they fit, because only another block's
 # products overlap with a block's exponentials; then as many rows kept as that allows.
-# Sums: the accumulator (BLOCK_X, BLOCK_V) and the scores (BLOCK_X, BLOCK_Y) share the registers.
-# LARGE: every block of BLOCK_V features computes the scores anew, and tiles of products read both
-# operands again for each block of D, from the L2 cache: as wide as registers allow.
+# Sums: the accumulator (BLOCK_X, BLOCK_D) and the scores (BLOCK_X, BLOCK_Y) share the registers.
+# Rows longer than the last bucket of a kernel that sums, float32 above all, go by way of _panels.
+# LARGE: tiles of products read both operands again for each block of D, from the L2 cache: as wide
+# as registers allow.
 # Rows named _ids serve the launches with ids, whose 64-bit vectors need registers of their own.
 TABLE: Table = {}
 for _arch in (80, 86):  # 86 has less shared memory: 99 KB are enough for these
-    _warps, _d = (4, 64) if _arch == 80 else (8, 32)  # what does not spill on 120, either
+    _warps = 4 if _arch == 80 else 8  # what does not spill on 120, either
     TABLE |= _rows(
         *("similarity_rows", _arch, 2, LSE),
         *((128, 128, 64, 128, 8, 2), (256, 64, 64, 256, 4, 2), (LARGE, 128, 64, 64, 8, 2)),
     )
     TABLE |= _rows(
-        *("similarity_gradient", _arch, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
-        *((256, 64, 32, 256, 256, _warps, 2), (LARGE, 64, 64, _d, 256, 8, 2)),
+        *("similarity_gradient", _arch, 2, SUM),
+        *((128, 64, 64, 128, 4, 2), (256, 64, 32, 256, _warps, 2)),
     )
 for _arch in (90, 100):
     TABLE |= _rows(
@@ -63,12 +66,12 @@ for _arch in (90, 100):
         *((128, 128, 64, 128, 8, 2), (256, 128, 64, 256, 8, 2), (LARGE, 128, 256, 64, 8, 2)),
     )
 TABLE |= _rows(
-    *("similarity_gradient", 90, 2, SUM, (128, 64, 64, 128, 128, 4, 2)),
-    *((256, 128, 32, 256, 256, 8, 2), (LARGE, 64, 64, 64, 512, 8, 2)),
+    *("similarity_gradient", 90, 2, SUM),
+    *((128, 64, 64, 128, 4, 2), (256, 128, 32, 256, 8, 2)),
 )
 TABLE |= _rows(
-    *("similarity_gradient", 100, 2, SUM, (128, 128, 64, 128, 128, 8, 2)),
-    *((256, 64, 32, 256, 256, 4, 2), (LARGE, 64, 64, 64, 512, 8, 2)),
+    *("similarity_gradient", 100, 2, SUM),
+    *((128, 128, 64, 128, 8, 2), (256, 64, 32, 256, 4, 2)),
 )
 for _arch in (80, 86, 90, 100):
     _m = 128 if _arch == 90 else 64
@@ -87,10 +90,7 @@ for _arch in (80, 86, 90, 100):
         *("similarity_pairs_ids", _arch, 2, LSE, (128, 64, 64, 128, 4, 2)),
         *((256, 64, 64, 256, _warps, 2), (LARGE, 64, 64, 64, _warps, 2)),
     )
-    TABLE |= _rows(
-        *("similarity_gradient_ids", _arch, 2, SUM, (128, 64, 32, 128, 128, 4, 2)),
-        (LARGE, 64, 32, 64, 512, 8, 2) if _arch in (90, 100) else (LARGE, 64, 64, 64, 256, 8, 2),
-    )
+    TABLE |= _rows("similarity_gradient_ids", _arch, 2, SUM, (128, 64, 32, 128, 4, 2))
     # The squares on the diagonal: as small as the smallest tile of the pairs.
     TABLE |= _rows(
         *("similarity_diagonal", _arch, 2, LSE),
@@ -103,10 +103,10 @@ for _arch in (80, 86, 90, 100):
         _stages = 1 if _arch == 86 or (_arch == 80 and _kernel != "similarity_rows") else 2
         TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, _n, 64, 32, _warps, _stages))
     _stages = 1 if _arch == 86 else 2
-    TABLE |= _rows("similarity_gradient", _arch, 4, SUM, (LARGE, 32, 32, 32, 128, 4, _stages))
-    TABLE |= _rows("similarity_gradient_ids", _arch, 4, SUM, (LARGE, 32, 32, 32, 64, 8, 2))
+    TABLE |= _rows("similarity_mean", _arch, 4, MEAN, (128, 32, 32, 32, 128, 4, _stages))
+    TABLE |= _rows("similarity_mean_ids", _arch, 4, MEAN, (64, 32, 32, 32, 64, 8, 2))
 TABLE |= {
-    (key[0].replace("gradient", "mean"), *key[1:]): dict(row)
+    (key[0].replace("gradient", "mean"), *key[1:]): dict(row, BLOCK_V=row["BLOCK_D"])
     for key, row in TABLE.items()
     if key[0].startswith("similarity_gradient")
 }
@@ -130,18 +130,12 @@ for _arch in (80, 86, 90, 100):
                 TABLE[_kernel, _arch, _bucket, 2]["maxnreg"] = 255
     _x = 128 if _arch == 100 else 64
     _warps = 4 if _arch == 90 else 8
-    _v = 64 if _arch == 100 else 128
-    TABLE |= _rows(
-        *("instance_spread_gradient", _arch, 2, SUM, (128, _x, 32, 128, 128, _warps, 2)),
-        *((256, 64, 32, 64, _v, 8, 2), (LARGE, 64, 32, 64, 512 if _arch > 86 else 256, 8, 2)),
-    )
-    for _kernel in ("pair_sigmoid_gradient", "instance_spread_gradient"):
-        TABLE |= _rows(_kernel, _arch, 4, SUM, (LARGE, 32, 32, 32, _v, 4, 2))
+    TABLE |= _rows("instance_spread_gradient", _arch, 2, SUM, (128, _x, 32, 128, _warps, 2))
+    del TABLE["instance_spread_gradient", _arch, 256, 2]
 for _arch in (80, 86):
     TABLE |= _rows(
         *("pair_sigmoid_gradient", _arch, 2, SUM),
-        (128, 64, 64 if _arch == 80 else 32, 128, 128, 4, 2),
-        *((256, 64, 32, 256, 256, 8, 2), (LARGE, 64, 64, 64, 256, 8, 2)),
+        *((128, 64, 64 if _arch == 80 else 32, 128, 4, 2), (256, 64, 32, 256, 8, 2)),
     )
 
 # Where little is live, ptxas would spill for the sake of one more block on a multiprocessor. Short
@@ -159,9 +153,7 @@ for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
     elif _size == 2:
         continue
     if _where == 90:
-        if _size == 4 and _sums and not _kernel.startswith("similarity"):
-            _row["maxnreg"] = 168 if _kernel.startswith("pair") else 255
-        elif _size == 4 and _kernel == "pair_sigmoid_loss":
+        if _size == 4 and _kernel == "pair_sigmoid_loss":
             _row["maxnreg"] = 128
         continue
     if _where == 100 and _size == 4 and not _kernel.startswith("similarity"):
@@ -171,18 +163,28 @@ for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
     elif _size == 4 and _kernel != "similarity_rows":
         _row["maxnreg"] = 128
 
+# Panels: a tile of weights is a product and its exponentials; what adds them up, a plain product.
+for _arch in (80, 86, 90, 100):
+    _d = 32 if _arch == 86 else 64
+    _m = 64 if _arch == 100 else 128
+    TABLE |= _rows("similarity_weights", _arch, 2, SUM, (LARGE, 128, 128, _d, 8, 3))
+    TABLE |= _rows("similarity_weights_ids", _arch, 2, SUM, (LARGE, 128, _m, _d, 8, 3))
+    TABLE |= _rows("pair_sigmoid_weights", _arch, 2, SUM, (LARGE, 128, 128, _d, 8, 3))
+    TABLE |= _rows("instance_spread_weights", _arch, 2, SUM, (LARGE, _m, 64, _d, 8, 3))
+    TABLE |= _rows("panel_sums", _arch, 2, PRODUCT, (LARGE, 128, 128, _d, 8, 3))
+    for _kernel in ("similarity_weights", "pair_sigmoid_weights", "instance_spread_weights"):
+        _n = 64 if _arch < 90 or _kernel.startswith("instance") else 128
+        _stages = 1 if _arch == 80 else 2
+        TABLE |= _rows(_kernel, _arch, 4, SUM, (LARGE, _n, 64, 32, 8, _stages))
+        TABLE[_kernel, _arch, LARGE, 4]["maxnreg"] = 128
+    TABLE |= _rows("panel_sums", _arch, 4, PRODUCT, (LARGE, 128, 128, 32, 8, 2))
+
 # CDNA 3: four waves may have all 512 registers of a lane where eight have half of them. Two blocks
-# on a compute unit, but for instance_spread's long rows, where computing fewer weights anew is
-# worth more.
-for _kernel in ("similarity_gradient", "similarity_mean", "pair_sigmoid_gradient"):
-    TABLE |= _rows(
-        *(_kernel, "gfx942", 2, SUM, (128, 64, 64, 128, 128, 4, 1)),
-        (LARGE, 64, 32, 64, 256, 4, 2),
-    )
-TABLE |= _rows(
-    *("instance_spread_gradient", "gfx942", 2, SUM, (128, 64, 32, 128, 128, 4, 1)),
-    (LARGE, 64, 32, 64, 256, 4, 2),
-)
+# on a compute unit.
+for _kernel in ("similarity_gradient", "pair_sigmoid_gradient"):
+    TABLE |= _rows(_kernel, "gfx942", 2, SUM, (128, 64, 64, 128, 4, 1))
+TABLE |= _rows("similarity_mean", "gfx942", 2, MEAN, (128, 64, 64, 128, 128, 4, 1))
+TABLE |= _rows("instance_spread_gradient", "gfx942", 2, SUM, (128, 64, 32, 128, 4, 1))
 
 # Bytes of shared memory that one block may ask for.
 SHARED_MEMORY: dict[Target, int] = {
@@ -262,11 +264,21 @@ def pick(kernel: str, tensor: torch.Tensor, d: int = 0, *, ids: bool = False) ->
     ids: prefer the rows of kernel_ids where there are some.
     """
     where, size = target(tensor), tensor.element_size()
-    named = {name for name, *_, element in TABLE if element == size}
-    chosen = f"{kernel}_ids" if ids and f"{kernel}_ids" in named else kernel
-    row = {**find(chosen, where, d, size), **_overrides.get(kernel, {})}
+    chosen = f"{kernel}_ids" if ids and _in_table(f"{kernel}_ids", size) else kernel
+    row = find(chosen, where, d, size) if _in_table(kernel, size) else {}
+    row |= _overrides.get(kernel, {})
+    assert row, f"no launch configuration for {kernel} with {size}-byte elements"
     unknown = {"measured"} if _is_nvidia(where) else {"measured", "maxnreg"}
     return {name: value for name, value in row.items() if name not in unknown}
+
+
+def _in_table(kernel: str, element_size: int) -> bool:
+    return any(key[0] == kernel and key[3] == element_size for key in TABLE)
+
+
+def knows(kernel: str, tensor: torch.Tensor) -> bool:
+    """Whether pick has a row of a kernel for tensor's element size."""
+    return kernel in _overrides or _in_table(kernel, tensor.element_size())
 
 
 def _is_nvidia(where: Target) -> bool:

@@ -18,9 +18,9 @@ and only their logarithms are kept. An entry counts as large (its R goes to log_
 does not cancel yet.
 For m < 1 an entry may exceed m; the loss is then not defined, and NaN.
 
-D, then the loss and B from it: two passes over the tiles (2G), one backward (2G). A program owns a
-block of rows and the parts are added in a fixed order: no atomics, the same bits every time. Extra
-memory O(N D).
+D, then the loss and B from it: two passes over the tiles (2G), one backward (2G; by way of _panels
+1.5G to 2G where columns carry a gradient, too). A program owns a block of rows and the parts are
+added in a fixed order: no atomics, the same bits every time. Extra memory O(N D).
 Plain version: fastcl/reference/instance_spread.py. CPU twin: csrc/instance_spread.cpp.
 Source: Ye et al. 2019, arXiv:1904.03436, as its authors' code computes it.
 """
@@ -34,58 +34,22 @@ import triton
 import triton.language as tl
 
 from fastcl.kernels import configs
-from fastcl.kernels._bounds import weights_bounds
+from fastcl.kernels._instance_gradient import sums
+from fastcl.kernels._instance_scores import LARGE_SHARE, is_partner, is_special, log2_scores
 from fastcl.kernels._tiles import (
     LN2,
     LOG2E,
     finite,
     in_groups,
+    in_whole_blocks,
     load_tile,
     products,
     row_factors,
     wide,
 )
-from fastcl.kernels._weighted_sums import combine, splits_of, sum_options
+from fastcl.kernels._weighted_sums import combine
 from fastcl.kernels.pair_sigmoid import log1p_of
 from fastcl.kernels.similarity_lse import chunk_of, options_of, whole_blocks
-
-# A row's largest entry is large where the others' share is below this.
-LARGE_SHARE = tl.constexpr(0.49)
-# W / g is up to 2^5 in float16: |G| ≤ 3 where m = 1, and grows with m; two directions are added.
-HEADROOM = tl.constexpr(5.0)
-
-
-@triton.jit
-def _is_special(x_start, y_start, half, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
-    """Whether a tile may have a row meet itself or its partner, at distance 0 or ±half."""
-    low = y_start - x_start - BLOCK_X
-    high = y_start - x_start + BLOCK_Y
-    return (
-        ((low < 0) & (high > 0)) | ((low < half) & (half < high)) | ((low < -half) & (-half < high))
-    )
-
-
-@triton.jit
-def _is_partner(i, j, rows):
-    distance = j[None, :] - i[:, None]
-    half = rows // 2
-    return ((distance == half) | (distance == -half)) & (j < rows)[None, :]
-
-
-@triton.jit
-def _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE: tl.constexpr):
-    """s_rc log₂ e of a tile of products; −∞ on the diagonal and beyond the last column."""
-    if NORMALIZE:
-        s *= r[None, :]
-    s = s * f[:, None]
-    if special:
-        s += tl.where(_is_partner(i, j, rows), 0.0, log2_m)
-        s = tl.where(i[:, None] == j[None, :], float("-inf"), s)
-    else:
-        s += log2_m
-    if ragged:
-        s = tl.where((j < rows)[None, :], s, float("-inf"))
-    return s
 
 
 @triton.jit(do_not_specialize=["rows", "chunks", "chunk"])
@@ -127,11 +91,11 @@ def shares_kernel(
         r = f
         if NORMALIZE:
             r = tl.load(FACTOR + j)
-        special = _is_special(start, y_start, half, BLOCK_N, BLOCK_M)
+        special = is_special(start, y_start, half, BLOCK_N, BLOCK_M)
         ragged = y_start + BLOCK_M > rows
-        s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
+        s = log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
         if special:
-            own = tl.sum(tl.where(_is_partner(i, j, rows), s, 0.0), axis=1)
+            own = tl.sum(tl.where(is_partner(i, j, rows), s, 0.0), axis=1)
             partner = (i + half) % rows
             met = (i < rows) & (y_start <= partner) & (partner < y_start + BLOCK_M)
             tl.store(OWN + i, own, mask=met)
@@ -230,11 +194,11 @@ def loss_kernel(
         r = f
         if NORMALIZE:
             r = tl.load(FACTOR + j)
-        special = _is_special(start, y_start, half, BLOCK_N, BLOCK_M)
+        special = is_special(start, y_start, half, BLOCK_N, BLOCK_M)
         ragged = y_start + BLOCK_M > rows
-        s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
+        s = log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
         if special:  # the partner adds nothing here
-            s = tl.where(_is_partner(i, j, rows), float("-inf"), s)
+            s = tl.where(is_partner(i, j, rows), float("-inf"), s)
         p = tl.exp2(s - log2_d[:, None])
         is_large = has_large[:, None] & (p > 0.5)
         large += tl.sum(tl.where(is_large, 1.0, 0.0), axis=1)
@@ -267,125 +231,6 @@ def finish_loss_kernel(
     tl.store(LOSS + i, own - weight * log_rest, mask=i < rows)
     tl.store(B + i, small, mask=i < rows)
     tl.store(LOG_LARGE + i, large, mask=i < rows)
-
-
-@triton.jit
-def _terms(log2_d, log_o, b, log_large, weight):
-    """What a row's weights are made of, for `_weights`.
-
-    With q = 1 − p, free of cancellation, and R' the one large R, or 0:
-    G = p (1 − m B − m R') + m R on a negative, of which the large one is p (1 − m B) + m R q, and
-    −q − m p B − m p R' on the partner. p R' is at most 1 where p and R' are out of range: both are
-    kept in units of κ = 1 / max(R', 1), p = κ e.
-    """
-    lift = tl.maximum(log_large, 0.0) * LOG2E
-    kappa = tl.exp2(-lift)
-    slope = kappa * (1.0 - weight * b) - weight * tl.exp2(log_large * LOG2E - lift)
-    o = tl.exp2(log_o * LOG2E)
-    limit = tl.where(o < LARGE_SHARE, lift - 1.0, float("inf"))  # log₂ e of p = ½
-    ratio_q = tl.where(weight == 1.0, 1.0 - o, weight * (1.0 - o) * o / (weight - 1.0 + o))
-    own_large = -o - weight * (1.0 - o) * b
-    return log2_d - lift, kappa, slope, limit, own_large + 1.0 + ratio_q, own_large
-
-
-@triton.jit
-def _weights(s, partner, shift, kappa, slope, limit, large, own_large, weight, special):
-    """G of a tile; the vectors come with the shape of the rows they belong to, (·, 1) or (1, ·)."""
-    x = s - shift
-    e = tl.exp2(x)
-    p = kappa * e
-    g = tl.where(x > limit, large, e * slope + weight * p / (weight - p))
-    if special:
-        g = tl.where(partner, tl.where(x > limit, own_large, e * slope - 1.0), g)
-    return g
-
-
-@triton.jit(do_not_specialize=["rows", "splits", "chunk"])
-def gradient_kernel(
-    Z, SCALE, FACTOR, GRAD, LOG_D, LOG_O, B, LOG_LARGE,
-    BOUNDS,  # (4,) from _bounds.bounds_kernel, if USE_BOUNDS
-    PART,  # (splits, 2N, D) out: u over a part of the columns
-    log2_m, weight, rows, D, splits, chunk,
-    OTHER: tl.constexpr,  # whether columns carry a gradient
-    NORMALIZE: tl.constexpr, USE_BOUNDS: tl.constexpr,
-    WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """u_r = Σ_c (g_r G_rc + g_c G_cr) ẑ_c for one block of rows, one part of the columns, and
-    BLOCK_V of the D features."""
-    pid = tl.program_id(0)
-    features = tl.cdiv(D, BLOCK_V)
-    v_start = pid % features * BLOCK_V
-    block, split = in_groups(pid // features, tl.cdiv(rows, BLOCK_X), splits, 8)
-    start = block * BLOCK_X
-    i = start + tl.arange(0, BLOCK_X)
-    half = rows // 2
-    f = tl.zeros([BLOCK_X], tl.float32) + tl.load(SCALE) * LOG2E
-    if NORMALIZE:
-        f *= tl.load(FACTOR + i)
-    up = 1.0
-    if USE_BOUNDS:
-        up = tl.exp2(tl.load(BOUNDS + 3) - HEADROOM)
-    shift, kappa, slope, limit, large, own_large = _terms(
-        tl.load(LOG_D + i, mask=i < rows, other=0.0) * LOG2E,
-        tl.load(LOG_O + i, mask=i < rows, other=0.0),
-        tl.load(B + i, mask=i < rows, other=0.0),
-        tl.load(LOG_LARGE + i, mask=i < rows, other=float("-inf")),
-        weight,
-    )
-    g = tl.load(GRAD + i, mask=i < rows, other=0.0)
-    d = tl.arange(0, BLOCK_D)
-    v = v_start + tl.arange(0, BLOCK_V)
-    if WHOLE_D:
-        z = load_tile(Z, start, rows, D, d, BLOCK_X, True)
-    u = tl.zeros([BLOCK_X, BLOCK_V], tl.float32)
-    first = split * chunk
-    for tile in tl.range(first, tl.minimum(first + chunk, tl.cdiv(rows, BLOCK_Y))):
-        y_start = tile * BLOCK_Y
-        j = y_start + tl.arange(0, BLOCK_Y)
-        if WHOLE_D:
-            y = load_tile(Z, y_start, rows, D, d, BLOCK_Y, True)
-            s = tl.dot(z, tl.trans(y), input_precision=PRECISION)  # (BLOCK_X, BLOCK_Y)
-            if BLOCK_V != BLOCK_D:
-                y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, True)
-        else:
-            s = products(
-                Z, Z, start, y_start, rows, rows, D,
-                BLOCK_X, BLOCK_Y, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            y = load_tile(Z, y_start, rows, D, v, BLOCK_Y, True)
-        r = f
-        if NORMALIZE:
-            r = tl.load(FACTOR + j)
-        special = _is_special(start, y_start, half, BLOCK_X, BLOCK_Y)
-        ragged = y_start + BLOCK_Y > rows
-        s = _log2_scores(s, f, r, log2_m, i, j, rows, special, ragged, NORMALIZE)
-        partner = _is_partner(i, j, rows)
-        w = g[:, None] * _weights(
-            s, partner, shift[:, None], kappa[:, None], slope[:, None], limit[:, None],
-            large[:, None], own_large[:, None], weight, special,
-        )  # fmt: skip
-        if OTHER:
-            inside = j < rows
-            shift_y, kappa_y, slope_y, limit_y, large_y, own_large_y = _terms(
-                tl.load(LOG_D + j, mask=inside, other=0.0) * LOG2E,
-                tl.load(LOG_O + j, mask=inside, other=0.0),
-                tl.load(B + j, mask=inside, other=0.0),
-                tl.load(LOG_LARGE + j, mask=inside, other=float("-inf")),
-                weight,
-            )
-            w += tl.load(GRAD + j, mask=inside, other=0.0)[None, :] * _weights(
-                s, partner, shift_y[None, :], kappa_y[None, :], slope_y[None, :], limit_y[None, :],
-                large_y[None, :], own_large_y[None, :], weight, special,
-            )  # fmt: skip
-        if NORMALIZE:
-            w *= (r * up)[None, :]
-        else:
-            w *= up
-        u = tl.dot(w.to(y.dtype), y, u, input_precision=PRECISION)
-    u *= 1.0 / up
-    at = PART + (wide(split) * rows + start) * D + tl.arange(0, BLOCK_X)[:, None] * D + v[None, :]
-    tl.store(at, u, mask=(i < rows)[:, None] & (v < D)[None, :])
 
 
 def forward(
@@ -448,21 +293,13 @@ def backward(
     rows, asked = z.shape
     if rows == 0:
         return torch.empty_like(z), torch.zeros((), dtype=torch.float32, device=z.device)
-    options, (z,) = sum_options("instance_spread_gradient", z)
-    d = z.shape[1]
-    features = triton.cdiv(d, options["BLOCK_V"])
-    blocks = triton.cdiv(rows, options["BLOCK_X"])
-    splits, chunk = splits_of(z, blocks * features, triton.cdiv(rows, options["BLOCK_Y"]))
-    part = torch.empty(splits, rows, d, dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
         factor = row_factors(z) if normalize else None
-        # Only the shift for weights up to max g is read.
-        bounds = weights_bounds((log_d, grad), None, z, z, factor, factor)
-        gradient_kernel[(blocks * splits * features,)](
-            z, scale, factor, grad, log_d, log_o, b, log_large, bounds, part,
-            math.log2(negative_weight), float(negative_weight), rows, d, splits, chunk,
-            OTHER=not detach_columns, NORMALIZE=normalize, USE_BOUNDS=bounds is not None, **options,
+        part = sums(
+            grad, z, scale, (log_d, log_o, b, log_large), factor,
+            negative_weight=negative_weight, detach_columns=detach_columns,
         )  # fmt: skip
-        grad_z, dot = combine(z, part, scale, normalize, asked)
+        whole = in_whole_blocks(z, part.shape[2])
+        grad_z, dot = combine(whole, part, scale, normalize, asked)
     # S is symmetric: with both directions each G has counted twice.
     return grad_z, dot.sum() if detach_columns else dot.sum() / 2

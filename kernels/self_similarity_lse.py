@@ -19,10 +19,8 @@ import torch
 import triton
 
 from fastcl.kernels import configs, similarity_lse
-from fastcl.kernels._bounds import weights_bounds
 from fastcl.kernels._parts import finish
 from fastcl.kernels._tiles import row_factors
-from fastcl.kernels._weighted_sums import gradient
 
 
 def forward(
@@ -83,8 +81,9 @@ def backward(
     configs.assert_supported(z)
     factor = row_factors(z) if normalize else None
     weights = (lse, grad)
-    bounds = weights_bounds(weights, weights, z, z, factor, factor)
-    grad_z, dot = gradient(
-        z, z, scale, factor, factor, ids, ids, weights, weights, bounds, side=0, is_self=True
-    )
-    return grad_z, dot.sum() / 2
+    of_z, _ = similarity_lse.gradients(
+        z, z, scale, (factor, factor), (ids, ids), weights, weights,
+        wanted=(True, False), is_self=True,
+    )  # fmt: skip
+    assert of_z is not None
+    return of_z[0], of_z[1].sum() / 2

@@ -15,7 +15,9 @@ One pass over the tiles of scores gives rows and columns (G), or rows and means 
 query's gradient needs no tile at all); the gradient kernel is run once for each side that needs
 one (2G each). Both from one tile would save G, but a tile of BLOCK_X owned rows would then add 4
 bytes to the other side's sums for every 2 BLOCK_X operations saved: at a tensor core's rate, more
-than an L2 cache takes. A program leaves the log-sum-exp of its part of a row, and the parts are
+than an L2 cache takes. Rows longer than a tile, and float32, store the weights of one bounded panel
+after the other instead, which serve both gradients (3G, or 2G for one; means then cost 3G; _panels
+says how). A program leaves the log-sum-exp of its part of a row, and the parts are
 added in a fixed order: no atomics, the same bits every time. Extra memory O((N + M) D).
 
 Plain version: fastcl/reference/similarity_lse.py. CPU twin: csrc/similarity_lse.cpp.
@@ -30,8 +32,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastcl.kernels import configs
-from fastcl.kernels._bounds import weights_bounds
+from fastcl.kernels import _long_rows, configs
+from fastcl.kernels._bounds import Weights, weights_bounds
 from fastcl.kernels._means import mean
 from fastcl.kernels._parts import finish, finish_block_d
 from fastcl.kernels._tiles import (
@@ -46,7 +48,7 @@ from fastcl.kernels._tiles import (
     products,
     wide,
 )
-from fastcl.kernels._weighted_sums import gradient
+from fastcl.kernels._weighted_sums import gradient, sum_options
 
 # How many column tiles one launch of pairs_kernel takes: its row parts need (this, N) floats.
 TILES_PER_LAUNCH = 128
@@ -333,7 +335,44 @@ def forward_with_mean(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query (N, D), key (M, D), scale () -> row_lse (N,) and mean_key (N, D), float32."""
     configs.assert_supported(query, key)
-    return mean(query, key, scale, *factors_of(query, key, normalize), query_ids, key_ids)
+    factors, ids = factors_of(query, key, normalize), (query_ids, key_ids)
+    whole = sum_options("similarity_mean", query, key, ids=query_ids is not None)
+    if whole is not None:
+        return mean(*whole, scale, factors, ids, query.shape[1])
+    row_lse, _ = forward(query, key, scale, *ids, normalize=normalize, rows=True, columns=False)
+    assert row_lse is not None
+    return row_lse, _long_rows.mean(query, key, scale, factors, ids, row_lse)
+
+
+def gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: torch.Tensor,
+    factors: Pair,
+    ids: Pair,
+    rows: Weights | None,
+    columns: Weights | None,
+    *,
+    wanted: tuple[bool, bool],
+    is_self: bool = False,
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """(dq, <q̂_i, dq̂_i>/t) and (dk, <k̂_j, dk̂_j>/t), where wanted."""
+    given = rows, columns
+    whole = sum_options("similarity_gradient", query, key, ids=ids[0] is not None)
+    if whole is None:
+        return _long_rows.gradients(
+            query, key, scale, factors, ids, *given, wanted=wanted, is_self=is_self
+        )
+    row, operands = whole
+    bounds = weights_bounds(*given, *operands, *factors)
+    return [
+        gradient(
+            operands[own], operands[other], scale, factors[own], factors[other],
+            ids[own], ids[other], given[own], given[other], bounds, row, query.shape[1],
+            side=own, is_self=is_self,
+        ) if wanted[own] else None
+        for own, other in ((0, 1), (1, 0))
+    ]  # fmt: skip
 
 
 def backward(
@@ -360,19 +399,10 @@ def backward(
     rows = None if grad_rows is None or row_lse is None else (row_lse, grad_rows)
     columns = None if grad_columns is None or column_lse is None else (column_lse, grad_columns)
     assert rows is not None or columns is not None, "no gradient came"
-    query_factor, key_factor = factors_of(query, key, normalize)
-    bounds = weights_bounds(rows, columns, query, key, query_factor, key_factor)
-    grad_query = grad_key = dot = None
-    if need_query or not need_key:
-        grad_query, dot = gradient(
-            query, key, scale, query_factor, key_factor, query_ids, key_ids,
-            rows, columns, bounds, side=0, is_self=False,
-        )  # fmt: skip
-    if need_key:
-        grad_key, key_dot = gradient(
-            key, query, scale, key_factor, query_factor, key_ids, query_ids,
-            columns, rows, bounds, side=1, is_self=False,
-        )  # fmt: skip
-        dot = key_dot if dot is None else dot
-    assert dot is not None
-    return grad_query if need_query else None, grad_key, dot.sum()
+    of_query, of_key = gradients(
+        query, key, scale, factors_of(query, key, normalize), (query_ids, key_ids), rows, columns,
+        wanted=(need_query or not need_key, need_key),
+    )  # fmt: skip
+    dot = (of_query or of_key)[1]
+    grad_query = of_query[0] if need_query else None
+    return grad_query, of_key[0] if need_key else None, dot.sum()

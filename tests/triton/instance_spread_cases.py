@@ -12,6 +12,8 @@ NAMES = {
     "instance_spread_shares": "similarity_rows",
     "instance_spread_loss": "similarity_rows",
     "instance_spread_gradient": "similarity_gradient",
+    "instance_spread_weights": "similarity_weights",
+    "panel_sums": "panel_sums",
 }
 BLOCKS = {
     "whole": {name: WHOLE[like] for name, like in NAMES.items()},

@@ -7,7 +7,12 @@ from fastcl.kernels import configs, pair_sigmoid
 from fastcl.reference import pair_sigmoid as reference
 
 # The small blocks of the similarity kernels, under these kernels' names.
-NAMES = {"pair_sigmoid_loss": "similarity_rows", "pair_sigmoid_gradient": "similarity_gradient"}
+NAMES = {
+    "pair_sigmoid_loss": "similarity_rows",
+    "pair_sigmoid_gradient": "similarity_gradient",
+    "pair_sigmoid_weights": "similarity_weights",
+    "panel_sums": "panel_sums",
+}
 BLOCKS = {
     "whole": {name: WHOLE[like] for name, like in NAMES.items()},
     "tiled": {name: TILED[like] for name, like in NAMES.items()},

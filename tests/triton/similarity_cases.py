@@ -9,12 +9,14 @@ WHOLE = {
     "similarity_rows": dict(BLOCK_N=32, BLOCK_M=16, BLOCK_D=64),
     "similarity_pairs": dict(BLOCK_N=16, BLOCK_M=32, BLOCK_D=64),
     "similarity_diagonal": dict(BLOCK_N=16, BLOCK_M=16, BLOCK_D=64),
-    "similarity_gradient": dict(BLOCK_X=32, BLOCK_Y=16, BLOCK_D=64, BLOCK_V=64),
+    "similarity_gradient": dict(BLOCK_X=32, BLOCK_Y=16, BLOCK_D=64),
     "similarity_mean": dict(BLOCK_X=32, BLOCK_Y=16, BLOCK_D=64, BLOCK_V=64),
+    "similarity_weights": dict(BLOCK_X=32, BLOCK_Y=16, BLOCK_D=64),
+    "panel_sums": dict(BLOCK_X=16, BLOCK_V=64, BLOCK_Y=32),
 }
 TILED = {name: dict(row, BLOCK_D=16) for name, row in WHOLE.items()}
-for _name in ("similarity_gradient", "similarity_mean"):
-    TILED[_name]["BLOCK_V"] = 32
+TILED["similarity_mean"]["BLOCK_V"] = 32  # shorter than the tests' rows, as BLOCK_D is
+TILED["panel_sums"] = dict(BLOCK_X=16, BLOCK_V=32, BLOCK_Y=32)
 BLOCKS = {"whole": WHOLE, "tiled": TILED, "shipped": {}}
 
 # Relative to the largest entry. float32: sums in another order. Half precision: the inputs are

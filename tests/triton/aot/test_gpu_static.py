@@ -144,38 +144,52 @@ def test_a_way_around_both_alternatives_is_not_taken():
 
 
 def product_reports(d, target, dtype=torch.bfloat16):
-    with compiling_for(target, lambda name: name in ("rows_kernel", "gradient_kernel")) as launches:
-        LAUNCHES["similarity_lse"](Case(d, dtype))
-    return [examine(launch) for launch in launches]
+    names = "rows_kernel", "gradient_kernel", "weights_kernel", "sums_kernel"
+    with compiling_for(target, names.__contains__) as launches:
+        LAUNCHES["similarity_lse"](Case(d, dtype, n=4096))
+    return [
+        examine(launch) for launch in {launch.kernel.hash: launch for launch in launches}.values()
+    ]
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, "gfx942"])
 @pytest.mark.parametrize("d", [128, 1024])
 def test_tensor_instructions_of_a_tile_are_those_of_the_algorithm(target, d):
     """Nothing is padded or done twice that the report does not say."""
-    for report in product_reports(d, target):
-        trips = gpu_static.trips_of(report, d)
-        # Of the 16 blocks of 64 features compilers may take one or two out of the inner loop.
-        assert (13 if d == 1024 else 0) < trips <= d // 64, report.summary()
-        executed = gpu_static.tensor_work(report.main.opcodes(trips), report)
+    reports = product_reports(d, target)
+    assert {report.name for report in reports} == (
+        {"rows_kernel", "gradient_kernel"} if d == 128 else
+        {"rows_kernel", "weights_kernel", "sums_kernel"}
+    )  # fmt: skip
+    for report in reports:
+        executed = gpu_static.tensor_work(gpu_static.tile_of(report, d), report)
         needed = gpu_static.tensor_work_needed(report, d)
+        if report.name == "rows_kernel":
+            # Of the 16 blocks of 64 features compilers may take one or two out of the inner loop.
+            trips = gpu_static.trips_of(report, d)
+            assert (13 if d == 1024 else 0) < trips <= d // 64, str(report)
         if (target, report.name) == ("gfx942", "gradient_kernel"):
             # Eight warps share the four 32 × 32 pieces of a tile of scores: the report says so.
             assert executed >= needed
             row = gpu_static.row_of("", Case(d), report)
-            share = gpu_static.flops_of_tile(report.options, d)[1]
+            share = flops_of_tile(report.name, report.options, d)[1]
             assert row.useful == pytest.approx(share * needed / executed)
         else:
-            assert executed == needed, report.summary()
+            assert executed == needed, str(report)
 
 
 def test_useful_share():
-    gradient = dict(BLOCK_X=64, BLOCK_Y=64, BLOCK_D=64, BLOCK_V=128, PRECISION="ieee")
-    assert flops_of_tile(gradient, 128) == (2 * 64 * 64 * 256, 1.0)
-    # Of 1,024 features eight blocks compute the scores anew.
-    assert flops_of_tile(gradient, 1024)[1] == 2048 / (8 * (1024 + 128))
+    gradient = dict(BLOCK_X=64, BLOCK_Y=64, BLOCK_D=128, PRECISION="ieee")
+    assert flops_of_tile("gradient_kernel", gradient, 128) == (2 * 64 * 64 * 256, 1.0)
     rows = dict(BLOCK_N=64, BLOCK_M=64, BLOCK_D=128, PRECISION="ieee")
-    assert flops_of_tile(rows, 100)[1] == 100 / 128
+    assert flops_of_tile("rows_kernel", rows, 100)[1] == 100 / 128
+    mean = dict(gradient, BLOCK_D=32, BLOCK_V=128)
+    assert flops_of_tile("mean_kernel", mean, 100) == (2 * 64 * 64 * 256, 200 / 256)
+    # 300 features are five blocks of 64 for the weights, and three of 128 for the sums.
+    weights = dict(gradient, BLOCK_D=64)
+    assert flops_of_tile("weights_kernel", weights, 300) == (2 * 64 * 64 * 320, 300 / 320)
+    sums = dict(BLOCK_X=64, BLOCK_V=128, BLOCK_Y=64)
+    assert flops_of_tile("sums_kernel", sums, 300) == (2 * 64 * 64 * 128, 300 / 384)
 
 
 def test_command(tmp_path, capsys):

@@ -82,7 +82,8 @@ def knn_of_unit_rows(
     right = 0
     rows = max(1, SIMILARITIES // len(train))
     for part, truth in zip(torch.split(test, rows), torch.split(test_labels.cpu(), rows)):
-        similarity, neighbour = nearest(part @ train.T, k)
+        with torch.autocast(train.device.type, enabled=False):  # bfloat16 cannot tell them apart
+            similarity, neighbour = nearest(part @ train.T, k)
         # On the CPU the order of the additions is fixed; exp((s − s_max)/τ) cannot overflow.
         similarity = (similarity - similarity.amax(1, keepdim=True)).double().cpu()
         score = torch.zeros(len(part), classes, dtype=torch.float64)

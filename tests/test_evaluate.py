@@ -63,6 +63,16 @@ def test_knn_matches_the_formula_in_any_chunks(monkeypatch, k, temperature, held
     assert knn(*train, *test, k=k, temperature=temperature) == expected
 
 
+def test_knn_is_the_same_under_autocast():
+    """In bfloat16 the cosines of an untrained encoder's features are all the same."""
+    (train, labels), (test, truth) = clusters(101, 1, spread=2.0), clusters(37, 2, spread=2.0)
+    train, test = train + 300, test + 300
+    expected = knn(train, labels, test, truth, k=7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert knn(train, labels, test, truth, k=7) == expected
+    assert expected > 0.3
+
+
 def test_of_equal_neighbours_the_first_are_taken():
     s = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.9, 0.5], [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]])
     value, index = nearest(s, 3)

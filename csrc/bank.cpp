@@ -5,8 +5,7 @@
 // Every row is made from the bank as it was; of equal indices the last one wins. Each row is read
 // and written once.
 // Plain version: fastcl/reference/bank.py. Triton twin: kernels/bank.py.
-#include <algorithm>
-#include <numeric>
+#include <cmath>
 #include <vector>
 
 #include "ops.h"
@@ -15,18 +14,21 @@ namespace fastcl {
 namespace {
 
 constexpr float NORM_FLOOR = 1e-12f;
+constexpr int64_t AHEAD = 8;  // rows
 
-// The places in the batch that are the last with their index, in order of the index.
+// The places in the batch that are the last with their index, from the end: a hash table of what
+// has been seen, as sorting a batch of distinct indices takes longer than updating their rows.
 std::vector<int64_t> last_places(const int64_t* index, int64_t batch) {
-  std::vector<int64_t> places(static_cast<size_t>(batch));
-  std::iota(places.begin(), places.end(), 0);
-  std::stable_sort(places.begin(), places.end(),
-                   [&](int64_t a, int64_t b) { return index[a] < index[b]; });
-  size_t kept = 0;
-  for (size_t i = 0; i < places.size(); ++i)
-    if (i + 1 == places.size() || index[places[i]] != index[places[i + 1]])
-      places[kept++] = places[i];
-  places.resize(kept);
+  int bits = 1;
+  while (int64_t(1) << bits < 2 * batch) ++bits;
+  const size_t mask = (size_t(1) << bits) - 1;
+  std::vector<int64_t> table(mask + 1, -1), places;
+  places.reserve(size_t(batch));
+  for (int64_t b = batch - 1; b >= 0; --b) {
+    size_t slot = size_t(uint64_t(index[b]) * 0x9E3779B97F4A7C15u >> (64 - bits));  // Fibonacci
+    while (table[slot] >= 0 && table[slot] != index[b]) slot = (slot + 1) & mask;
+    if (table[slot] < 0) table[slot] = index[b], places.push_back(b);
+  }
   return places;
 }
 
@@ -54,6 +56,11 @@ void bank_update(void* bank, const int64_t* index, const void* features, int64_t
       const auto* x = static_cast<decltype(type)>(const_cast<void*>(features));
 #pragma omp parallel for num_threads(threads) schedule(static) if (count * d > 16384)
       for (int64_t i = 0; i < count; ++i) {
+        if (i + AHEAD < count) {  // a random place of the bank
+          const auto* next = rows + index[places[size_t(i + AHEAD)]] * d;
+          for (int64_t j = 0; j < d; j += 64 / int64_t(sizeof *next))
+            __builtin_prefetch(next + j, 1);
+        }
         const int64_t b = places[size_t(i)];
         update_row(rows + index[b] * d, x + b * d, d, momentum);
       }

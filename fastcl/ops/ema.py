@@ -21,18 +21,20 @@ class Cpp:
 
     @staticmethod
     def update_(targets: list[Tensor], sources: list[Tensor], *, momentum: float) -> None:
-        pairs = []
-        for target, source in zip(targets, sources):
-            if kernel_takes(target, source):
-                pairs.append((target, source))
-            else:
-                reference.update_([target], [source], momentum=momentum)
+        if not all(map(kernel_takes, targets, sources)):
+            taken = []
+            for target, source in zip(targets, sources):
+                if kernel_takes(target, source):
+                    taken.append((target, source))
+                else:
+                    reference.update_([target], [source], momentum=momentum)
+            targets, sources = [x for x, _ in taken], [y for _, y in taken]
         _C.kernels.ema_update(
-            [target.data_ptr() for target, _ in pairs],
-            [source.data_ptr() for _, source in pairs],
-            [target.numel() for target, _ in pairs],
-            [DTYPE_CODES[target.dtype] for target, _ in pairs],
-            [DTYPE_CODES[source.dtype] for _, source in pairs],
+            [x.data_ptr() for x in targets],
+            [y.data_ptr() for y in sources],
+            [x.numel() for x in targets],
+            [DTYPE_CODES[x.dtype] for x in targets],
+            [DTYPE_CODES[y.dtype] for y in sources],
             *(momentum, torch.get_num_threads()),
         )
 

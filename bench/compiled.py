@@ -6,8 +6,9 @@
 
 Nothing is restated: signature, alignment, constexprs and launch options are those of the real
 launch. Registers and spills come from the log of ptxas -v, which Triton throws away, and with it
-the warning that wgmma instructions were serialised; instructions from cuobjdump. For AMD both lie
-in the assembly. What was read is kept in Triton's cache beside the kernel.
+the warning that wgmma instructions were serialised; instructions from cuobjdump, which takes as
+long as the compiler and is called when they are asked for. For AMD both lie in the assembly. What
+was read is kept in Triton's cache beside the kernel.
 """
 
 from __future__ import annotations
@@ -170,8 +171,17 @@ class Report:
     tensor_memory: int  # columns of the 512 (sm_100)
     wgmma_serialised: bool  # ptxas C7515
     warnings: list[str]
-    loops: list[Loop] = field(repr=False)  # the outermost ones
-    whole: Counter[str] = field(repr=False)
+    compiled: Compiled = field(repr=False)
+
+    @property
+    def loops(self) -> list[Loop]:
+        """The outermost ones."""
+        return [Loop.of(loop) for loop in _kept("code", self.compiled, _code)["loops"]]
+
+    @property
+    def whole(self) -> Counter[str]:
+        """Every instruction of the kernel."""
+        return Counter(_kept("code", self.compiled, _code)["whole"])
 
     @property
     def main(self) -> Loop | None:
@@ -209,7 +219,7 @@ class Report:
             limits.append(512 // self.tensor_memory)
         return min(limits)
 
-    def summary(self) -> str:
+    def __str__(self) -> str:
         loop = self.main_loop
         serialised = ", wgmma serialised" if self.wgmma_serialised else ""
         return (
@@ -239,9 +249,8 @@ def total(loop: Counter[str]) -> int:
 
 
 def examine(compiled: Compiled) -> Report:
-    """Registers, spills, shared memory and instructions of a compiled launch."""
+    """Registers, spills, shared memory and, where asked for, instructions of a compiled launch."""
     metadata = compiled.kernel.metadata
-    facts = _facts(compiled)
     return Report(
         name=compiled.name,
         word=compiled.word,
@@ -250,44 +259,55 @@ def examine(compiled: Compiled) -> Report:
         shared_bytes=metadata.shared,
         warps=metadata.num_warps,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
-        **{
-            **facts,
-            "loops": [Loop.of(loop) for loop in facts["loops"]],
-            "whole": Counter(facts["whole"]),
-        },
+        compiled=compiled,
+        **_kept("costs", compiled, _costs),
     )
 
 
 @lru_cache(maxsize=1)
-def _facts_file() -> str:
-    """Another name whenever this file or the reading of machine code changes."""
+def _version() -> str:
+    """Another one whenever this file or the reading of machine code changes."""
     folder = Path(__file__).parent
     text = "".join((folder / f"{name}.py").read_text() for name in ("compiled", "machine_code"))
-    return f"facts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_known: dict[str, dict[str, Any]] = {}
+Facts = dict[str, Any]
+_known: dict[tuple[str, str], Facts] = {}
 
 
-def _facts(compiled: Compiled) -> dict[str, Any]:
+def _kept(kind: str, compiled: Compiled, read: Callable[[Compiled], Facts]) -> Facts:
     """Read from the kernel once; later from memory, or from Triton's cache of that kernel."""
-    key = compiled.kernel.hash
+    key = kind, compiled.kernel.hash
     if key not in _known:
-        cache = get_cache_manager(key)
-        stored = cache.get_file(_facts_file())
+        cache = get_cache_manager(compiled.kernel.hash)
+        name = f"{kind}-{_version()}.json"
+        stored = cache.get_file(name)
         if stored:
             _known[key] = json.loads(Path(stored).read_text())
         else:
-            _known[key] = _read(compiled)
-            cache.put(json.dumps(_known[key]), _facts_file(), binary=False)
+            _known[key] = read(compiled)
+            cache.put(json.dumps(_known[key]), name, binary=False)
     return _known[key]
 
 
-def _read(compiled: Compiled) -> dict[str, Any]:
+def _costs(compiled: Compiled) -> Facts:
     asm = compiled.kernel.asm
     if isinstance(compiled.target, str):
-        return _amd_facts(asm["amdgcn"])
-    return _nvidia_facts(compiled.log or _ptxas_log(asm["ptx"], compiled.target), asm["cubin"])
+        return _costs_of_assembly(asm["amdgcn"])
+    return _costs_of_log(compiled.log or _ptxas_log(asm["ptx"], compiled.target))
+
+
+def _code(compiled: Compiled) -> Facts:
+    asm = compiled.kernel.asm
+    if isinstance(compiled.target, str):
+        instructions = parse_amd(asm["amdgcn"])
+    else:
+        instructions = parse_sass(_disassembled(asm["cubin"]))
+    return dict(
+        loops=[loop.as_dict() for loop in loops_of(instructions)],
+        whole=Counter(i.opcode for i in instructions),
+    )
 
 
 def _ptxas_log(ptx: str, arch: int) -> str:
@@ -308,19 +328,9 @@ def _ptxas_log(ptx: str, arch: int) -> str:
         ).stderr
 
 
-def _nvidia_facts(log: str, cubin: bytes) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+def _costs_of_log(log: str) -> Facts:
     registers = re.findall(r"Used (\d+) registers", log)
     assert registers, f"ptxas -v did not say how many registers are used:\n{log}"
-    instructions = parse_sass(listing)
     return dict(
         registers=max(map(int, registers)),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
@@ -328,18 +338,15 @@ def _nvidia_facts(log: str, cubin: bytes) -> dict[str, Any]:
         stack_bytes=sum(map(int, re.findall(r"(\d+) bytes stack frame", log))),
         wgmma_serialised="wgmma" in log and "serializ" in log,
         warnings=[l for l in log.splitlines() if re.search("warning|potential", l, re.I)],
-        loops=[loop.as_dict() for loop in loops_of(instructions)],
-        whole=Counter(i.opcode for i in instructions),
     )
 
 
-def _amd_facts(assembly: str) -> dict[str, Any]:
+def _costs_of_assembly(assembly: str) -> Facts:
     def number(key: str) -> int:
         values = re.findall(rf"\.{key}:\s+(\d+)", assembly)
         assert len(values) == 1, f"{len(values)} times {key} in the assembly"
         return int(values[0])
 
-    instructions = parse_amd(assembly)
     return dict(
         registers=number("vgpr_count"),
         spill_bytes=4 * number("vgpr_spill_count"),
@@ -347,6 +354,16 @@ def _amd_facts(assembly: str) -> dict[str, Any]:
         stack_bytes=number("private_segment_fixed_size"),
         wgmma_serialised=False,
         warnings=[],
-        loops=[loop.as_dict() for loop in loops_of(instructions)],
-        whole=Counter(i.opcode for i in instructions),
     )
+
+
+def _disassembled(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout

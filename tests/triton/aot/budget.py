@@ -20,20 +20,19 @@ def assert_within_budget(report: Report, *, tensor_cores: bool = False, blocks: 
     tensor_cores: the main loop must use this generation's tensor-core instruction and no older
     one. blocks: how many blocks must fit on a multiprocessor.
     """
-    said = report.summary()
-    assert report.spill_bytes == 0, f"registers spill: {said}"
-    assert report.stack_bytes == 0, f"a stack frame of {report.stack_bytes} B: {said}"
+    assert report.spill_bytes == 0, f"registers spill: {report}"
+    assert report.stack_bytes == 0, f"a stack frame of {report.stack_bytes} B: {report}"
     limit = configs.SHARED_MEMORY[report.target]
-    assert report.shared_bytes <= limit, f"needs more than {limit} B of shared memory: {said}"
-    assert not report.wgmma_serialised, f"{report.warnings}: {said}"
+    assert report.shared_bytes <= limit, f"needs more than {limit} B of shared memory: {report}"
+    assert not report.wgmma_serialised, f"{report.warnings}: {report}"
     fit = report.blocks_per_multiprocessor
-    assert fit >= blocks, f"{fit} blocks fit on a multiprocessor: {said}"
+    assert fit >= blocks, f"{fit} blocks fit on a multiprocessor: {report}"
     if tensor_cores:
         loop = report.main_loop
         wanted = TENSOR_INSTRUCTION[report.target]
         if isinstance(report.target, str):
-            assert tensor_instructions(loop) > 0, f"no {wanted} in the main loop: {said}"
+            assert tensor_instructions(loop) > 0, f"no {wanted} in the main loop: {report}"
             return
-        assert count(loop, wanted) > 0, f"no {wanted} in the main loop: {said}"
+        assert count(loop, wanted) > 0, f"no {wanted} in the main loop: {report}"
         if wanted != "HMMA":
-            assert count(loop, "HMMA") == 0, f"mma.sync in the main loop: {said}"
+            assert count(loop, "HMMA") == 0, f"mma.sync in the main loop: {report}"

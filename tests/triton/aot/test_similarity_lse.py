@@ -29,7 +29,7 @@ def test_blocks_side_by_side_and_one_exponential_a_score(arch):
         scores = o.get("BLOCK_N", o.get("BLOCK_X", 0)) * o.get("BLOCK_M", o.get("BLOCK_Y", 0))
         threads = 32 * report.warps
         # Few others: the online maximum rescales a sum for each row.
-        assert 0 <= exponentials(report.main_loop) - scores // threads <= 4, report.summary()
+        assert 0 <= exponentials(report.main_loop) - scores // threads <= 4, str(report)
 
 
 def test_a_row_that_is_too_large_is_refused():

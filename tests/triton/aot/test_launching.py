@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.compiled import compiling_for
-from bench.gpu_launches import LAUNCHES, NORMALIZED, WITH_IDS, Case
+from bench.gpu_launches import LAUNCHES, WITH_IDS, Case
 from fastcl.kernels import configs, ema, similarity_lse
 
 # Above 8,192 columns pairs_kernel is launched several times, and finish_kernel has three forms for
@@ -29,8 +29,11 @@ def compiled_for(target, word, case):
 
 # Rows of 300 features are summed by panels, of which 20,000 rows have 25, and 15 where W is
 # symmetric; 100,003 would have hundreds.
+BY_PANELS = [("pair_sigmoid", 300), ("self_similarity_lse", 300)]
+
+
 @pytest.mark.parametrize(
-    "word, d", [(word, d) for word in LAUNCHES for d in (128, 100, 300)[: 2 + (word in NORMALIZED)]]
+    "word, d", [(word, d) for word in LAUNCHES for d in (128, 100)] + BY_PANELS
 )
 def test_other_numbers_of_rows_compile_nothing(word, d):
     case = Case(d, torch.bfloat16, ids=word in WITH_IDS)

@@ -163,6 +163,8 @@ for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
     elif _size == 4 and _kernel != "similarity_rows":
         _row["maxnreg"] = 128
 
+TABLE["instance_spread_gradient", 86, 128, 2]["maxnreg"] = 255  # raw rows spill 8 bytes for a block
+
 # Panels: a tile of weights is a product and its exponentials; what adds them up, a plain product.
 for _arch in (80, 86, 90, 100):
     _d = 32 if _arch == 86 else 64

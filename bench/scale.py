@@ -8,7 +8,8 @@
 
 Every rank keeps its number of images as ranks are added, so its operations grow with W. First the
 model (bench/scale_model.py says what it counts) beside what W processes on this machine do, joined
-by gloo, with one thread each: bytes received, peak memory, seconds. Rate, latency and bandwidth of
+by gloo, with one thread each: bytes received, the peak of what torch allocates (and of what becomes
+resident), seconds. Rate, latency and bandwidth of
 the model are this machine's: the rate of the run with one rank (which is therefore no check), the
 link from exchanges of 8 bytes and of megabytes. Where there are more ranks than cores they share
 them. Then the model alone, with --flops, --bandwidth and --latency in place of what was measured.
@@ -173,10 +174,12 @@ def show_measured(record: dict[str, Any]) -> None:
         f"{here['latency'] * 1e6:.0f} µs"
     )
     print(
-        f"{'':25}{'received':>18}{'':4}{'peak memory':>18}{'':4}{'step':>18}{'communication':>16}"
+        f"{'':25}{'received':>18}{'':4}{'peak of tensors':>18}{'':4}{'step':>18}"
+        f"{'communication':>16}{'resident':>10}"
     )
     print(
         f"{'loss':9}{'':9}{'W':>3}{'':4}" + f"{'model':>9}{'here':>9}{'':4}" * 3 + f"{'model':>9}"
+        f"{'here':>12}"
     )
     for row in record["measured"]:
         model, fitted = row["model"], " *" if row["world"] == 1 else "  "
@@ -187,7 +190,10 @@ def show_measured(record: dict[str, Any]) -> None:
         ]
         pairs = "".join(f"{a:>9}{b:>9}{'':4}" for a, b in zip(cells[::2], cells[1::2]))
         share = report.duration(model["communication"])
-        print(f"{row['loss']:9}{row['kind']:9}{row['world']:3}{'':4}{pairs}{fitted}{share:>9}")
+        print(
+            f"{row['loss']:9}{row['kind']:9}{row['world']:3}{'':4}{pairs}{fitted}{share:>9}"
+            f"{size(int(row['peak'])):>12}"
+        )
     print("* the model's rate is that of this run")
 
 

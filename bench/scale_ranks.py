@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +33,8 @@ THP_DISABLE = 41  # of prctl: huge pages make the last one of each tensor 2 MB
 
 
 def measure(world: int, losses: list[str], images: int, features: int, repeats: int) -> Any:
-    """What the slowest rank found: {"link": …, (loss, kind): {seconds, received, peak}}."""
+    """What the slowest rank found: {"link": …, (loss, kind): …}, as `run_rank` has it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines, in the processes
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, losses, images, features, repeats, folder)
         mp.spawn(run_rank, args=arguments, nprocs=world)
@@ -52,6 +55,7 @@ def run_rank(
                 found[loss, kind] = {
                     "seconds": timed(step, repeats),
                     "received": slowest(count(step)),
+                    "allocated": slowest(allocated_by(step)),
                     "peak": slowest(peak_of(step)),
                 }
         if rank == 0:
@@ -151,6 +155,18 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 # ---- memory --------------------------------------------------------------------------------------
+
+
+def allocated_by(step: Callable[[], object]) -> int:
+    """The most that torch's allocator has at once for a step, gloo's own copies among it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    changes.sort(key=lambda change: change[0])
+    return max(0, *itertools.accumulate(size for _, size in changes))
 
 
 def peak_of(step: Callable[[], object]) -> int:

@@ -20,7 +20,7 @@ def record(tmp_path_factory):
     """A run of two real processes; that of one rank, for which they have no use, is made up."""
     folder = tmp_path_factory.mktemp("scale")
     two = scale_ranks.measure(2, list(LOSSES), 512, 128, 1)
-    alone = {"seconds": 0.1, "received": 0, "peak": 1 << 20}
+    alone = {"seconds": 0.1, "received": 0, "allocated": 1 << 20, "peak": 1 << 20}
     one = {key: {} if key == "link" else alone for key in two}
     flags = "--ranks 1 2 --images 512 --features 128 --repeats 1 --far-ranks 1 64 512"
     arguments = f"scale {flags} --plots {folder} --json {folder / 'scale.json'}".split()
@@ -47,6 +47,13 @@ def test_two_processes_receive_the_models_bytes(record, loss, kind):
     assert row["received"] == row["model"]["received"]
     assert 0 <= row["received"] - rounds * 4 * own < 0.1 * own
     assert row_of(record, loss, kind, 1)["received"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_tensors_of_two_processes_are_the_models(record, loss, kind):
+    row = row_of(record, loss, kind, 2)
+    assert row["allocated"] == pytest.approx(row["model"]["peak"], rel=0.02)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

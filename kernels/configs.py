@@ -97,10 +97,13 @@ for _arch in (80, 86, 90, 100):
         *((128, 64, 64, 128, 4, 2), (256, 64, 64, 256, 4, 2), (LARGE, 64, 64, 64, 4, 2)),
     )
     # float32: exact products do not run on tensor cores, and an element takes twice the room. Where
-    # there is one stage, a second one spills, there or on a GPU that takes the row.
+    # there are one or three stages, two spill, there or on a GPU that takes the row.
     for _kernel in ("similarity_rows", "similarity_pairs", "similarity_diagonal"):
         _n, _warps = (32, 4 if _arch < 100 else 8) if _kernel == "similarity_pairs" else (64, 8)
-        _stages = 1 if _arch == 86 or (_arch == 80 and _kernel != "similarity_rows") else 2
+        if _kernel == "similarity_rows":
+            _stages = {86: 1, 90: 3}.get(_arch, 2)
+        else:
+            _stages = 1 if _arch < 90 or (_arch, _kernel) == (100, "similarity_diagonal") else 2
         TABLE |= _rows(_kernel, _arch, 4, LSE, (LARGE, _n, 64, 32, _warps, _stages))
     _stages = 1 if _arch == 86 else 2
     TABLE |= _rows("similarity_mean", _arch, 4, MEAN, (128, 32, 32, 32, 128, 4, _stages))
@@ -153,7 +156,7 @@ for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
     elif _size == 2:
         continue
     if _where == 90:
-        if _size == 4 and _kernel == "pair_sigmoid_loss":
+        if _size == 4 and _kernel in ("pair_sigmoid_loss", "instance_spread_loss"):
             _row["maxnreg"] = 128
         continue
     if _where == 100 and _size == 4 and not _kernel.startswith("similarity"):

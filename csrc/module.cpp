@@ -82,5 +82,7 @@ PYBIND11_MODULE(FASTCL_ISA, m) {
   def(m, "self_distillation_backward", self_distillation_backward);
   def(m, "bank_scores_forward", bank_scores_forward);
   def(m, "bank_scores_backward", bank_scores_backward);
+  def(m, "own_negatives_forward", own_negatives_forward);
+  def(m, "own_negatives_backward", own_negatives_backward);
   def(m, "bank_update", bank_update);
 }

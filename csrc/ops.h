@@ -207,6 +207,23 @@ void bank_scores_backward(const float* grad,     // (N, K)
                           int64_t n, int64_t k, int64_t m, int64_t d, int dtype, int bank_dtype,
                           int threads);
 
+// ---- own_negatives.cpp
+void own_negatives_forward(const void* query,      // (N, D)
+                           const void* negatives,  // (N, K, D)
+                           const float* scale,     // ()
+                           float* lse,             // (N,)
+                           int64_t n, int64_t k, int64_t d, bool normalize, int dtype, int threads);
+void own_negatives_backward(const float* grad,      // (N,)
+                            const void* query,      // (N, D)
+                            const void* negatives,  // (N, K, D)
+                            const float* scale,     // ()
+                            const float* lse,       // (N,)
+                            void* grad_query,       // (N, D) or null
+                            void* grad_negatives,   // (N, K, D) or null
+                            float* grad_scale,      // ()
+                            int64_t n, int64_t k, int64_t d, bool normalize, int dtype,
+                            int threads);
+
 // ---- bank.cpp
 void bank_update(void* bank,            // (M, D)
                  const int64_t* index,  // (B,)

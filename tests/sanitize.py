@@ -156,6 +156,7 @@ def operations(n: int, d: int, dtype: object) -> list[Callable[[], None]]:
         lambda: back(F.soft_cross_entropy(random(n, d), random(n, d).detach().softmax(1))),
         lambda: back(F.negative_cosine(random(n, d), random(n, d))),
         lambda: back(F.sup_con(random(n, d), labels)),
+        lambda: back(F.info_nce(random(n, d), random(n, d), random(n, 9, d))),
         *(sinkhorn, distillation),
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcl import _check as check
 from fastcl import ops
@@ -20,7 +20,7 @@ from fastcl._functional._shared import (
     stays_narrow,
 )
 from fastcl.distributed import Group, Share, gather, needs_grad, share
-from fastcl.reference._common import NORM_FLOOR, in_float
+from fastcl.ops.own_negatives import own_negatives
 
 
 def similarity_lse(
@@ -144,7 +144,7 @@ def info_nce(
     elif negatives.ndim == 2:
         others = row_lse(query, negatives, t, normalize)
     else:
-        others = _own_negatives_lse(query, negatives, t, normalize)
+        others = own_negatives(query, negatives, t, normalize)
     return reduce(against(others, query, positive, t, normalize), reduction, at)
 
 
@@ -170,18 +170,6 @@ def _check_negatives(query: Tensor, negatives: Tensor) -> None:
             f"info_nce: query and negatives must be on one device; "
             f"got {query.device} and {negatives.device}."
         )
-
-
-def _own_negatives_lse(query: Tensor, negatives: Tensor, t: Tensor, normalize: bool) -> Tensor:
-    """Log-sum-exp (N,) over each query's own negatives (N, K, D), which outweigh their scores."""
-    q, k = in_float(query), in_float(negatives)
-    if normalize:
-        q = nn.functional.normalize(q, dim=1, eps=NORM_FLOOR)
-    with torch.autocast(q.device.type, enabled=False):  # it would round what is float32 here
-        s = torch.einsum("nd,nkd->nk", q, k)
-    if normalize:  # the scores rather than a copy of the negatives
-        s = s / torch.linalg.vector_norm(k, dim=2).clamp_min(NORM_FLOOR)
-    return (t * s).logsumexp(1)
 
 
 def nt_xent(

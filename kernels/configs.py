@@ -166,6 +166,8 @@ for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
     elif _size == 4 and _kernel != "similarity_rows":
         _row["maxnreg"] = 128
 
+# All 255 registers are taken, and a second stage of loads spills 8 to 16 bytes of them.
+TABLE["similarity_gradient", 90, 256, 2]["num_stages"] = 1
 TABLE["instance_spread_gradient", 86, 128, 2]["maxnreg"] = 255  # raw rows spill 8 bytes for a block
 
 # Panels: a tile of weights is a product and its exponentials; what adds them up, a plain product.

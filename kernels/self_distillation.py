@@ -322,5 +322,6 @@ def backward(
                 BLOCK_K=block_k,
                 ALIGN=math.gcd(K, 8),
                 num_warps=WARPS,
+                **configs.registers(student, 168),  # ptxas would spill for more blocks
             )
     return grad_student, grad_scale.sum()

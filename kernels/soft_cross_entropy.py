@@ -292,6 +292,7 @@ def backward(
             BLOCK_K=grid.config.block_k,
             ALIGN=math.gcd(K, 8),
             num_warps=grid.config.num_warps,
+            **configs.registers(logits, 128),  # ptxas would spill for more blocks
         )
         sum_kernel[(1,)](parts, grad_scale, programs, BLOCK=SUM_BLOCK, num_warps=4)
     return grad_logits, grad_scale

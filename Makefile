@@ -26,7 +26,7 @@ help:
 	@echo "make train   train a method on the embedded images: METHOD=$(METHOD), more flags in ARGS=\"--epochs 5\""
 	@echo "make test    every test; pytest's flags in ARGS=\"-k sinkhorn\""
 	@echo "make bench   the operations against plain PyTorch and torch.compile; flags in ARGS"
-	@echo "make aot     compile every Triton launch for every GPU (hours the first time); pytest's flags in ARGS"
+	@echo "make aot     compile every Triton launch for every GPU (an hour or more of a core, the first time); pytest's flags in ARGS"
 	@echo "make sanitize  the compiled kernels over odd sizes under the address and undefined-behaviour sanitizers"
 	@echo "make docs    the documentation as HTML, in build/docs"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"

@@ -2,7 +2,7 @@
 
 Each file of kernels/ is launched as its host functions do, for rows of many lengths, every element
 type, with and without ids and normalisation. `make test` takes some of them; `make aot`, which sets
-FASTCL_AOT=full, takes all: thousands of kernels, hours of a core when nothing is in Triton's cache.
+FASTCL_AOT=full, takes all: thousands of kernels, an hour or more when none is in Triton's cache.
 Its parts have a GPU, operation and element type: make aot ARGS="-k 120-similarity_lse-float16".
 """
 

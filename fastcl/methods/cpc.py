@@ -128,8 +128,8 @@ class CPC(Method):
             image_size=32,
             crop_scale=(0.5, 1.0),
             epochs=6,
-            batch_size=64,
-            lr=0.001,
+            batch_size=16,  # the paper's of one GPU
+            lr=0.0005,
             schedule="warmup-cosine-moco-v3",
             warmup_epochs=0.5,
             patch=12,

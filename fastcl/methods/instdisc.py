@@ -60,6 +60,7 @@ class InstDisc(Method):
             jitter=2.0,
             epochs=24,
             batch_size=128,
+            dim=64,
             centred_head=True,
             optimizer="adamw",
             lr=0.002,

@@ -11,7 +11,8 @@ model (bench/scale_model.py says what it counts) beside what W processes on this
 by gloo, with one thread each: bytes received, the peak of what torch allocates (and of what becomes
 resident), seconds. Rate, latency and bandwidth of the model are this machine's: the rate of the run
 with one rank (which is therefore no check), the link from exchanges of 8 bytes and of megabytes.
-Where there are more ranks than cores they share them. Then the model alone, with --flops, --bandwidth and --latency in place of what was measured.
+Where there are more ranks than cores they share them. Then the model alone, with --flops,
+--bandwidth and --latency in place of what was measured.
 Exit status: 1 when the bytes that ranks receive are not those of the model, 2 for wrong usage.
 """
 

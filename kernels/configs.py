@@ -168,14 +168,15 @@ for (_kernel, _where, _bucket, _size), _row in list(TABLE.items()):
 
 # All 255 registers are taken, and a second stage of loads spills 8 to 16 bytes of them.
 TABLE["similarity_gradient", 90, 256, 2]["num_stages"] = 1
-TABLE["instance_spread_gradient", 86, 128, 2]["maxnreg"] = 255  # raw rows spill 8 bytes for a block
+for _kernel in ("instance_spread_gradient", "pair_sigmoid_gradient"):
+    TABLE[_kernel, 86, 128, 2]["maxnreg"] = 255  # raw rows spill 8 bytes for a block
+TABLE["pair_sigmoid_gradient", 100, 128, 2]["BLOCK_Y"] = 32  # 64 spill up to 36 bytes
 
 # Panels: a tile of weights is a product and its exponentials; what adds them up, a plain product.
 for _arch in (80, 86, 90, 100):
     _d = 32 if _arch == 86 else 64
     _m = 64 if _arch == 100 else 128
-    TABLE |= _rows("similarity_weights", _arch, 2, SUM, (LARGE, 128, 128, _d, 8, 3))
-    TABLE |= _rows("similarity_weights_ids", _arch, 2, SUM, (LARGE, 128, _m, _d, 8, 3))
+    TABLE |= _rows("similarity_weights", _arch, 2, SUM, (LARGE, 128, _m, _d, 8, 3))
     TABLE |= _rows("pair_sigmoid_weights", _arch, 2, SUM, (LARGE, 128, 128, _d, 8, 3))
     TABLE |= _rows("instance_spread_weights", _arch, 2, SUM, (LARGE, _m, 64, _d, 8, 3))
     TABLE |= _rows("panel_sums", _arch, 2, PRODUCT, (LARGE, 128, 128, _d, 8, 3))

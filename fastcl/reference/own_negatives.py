@@ -32,9 +32,6 @@ def forward(query: Tensor, negatives: Tensor, scale: Tensor, *, normalize: bool)
     return (scale.to(q.dtype) * cosines(q, k, normalize)[1]).logsumexp(1)
 
 
-own_negatives = forward
-
-
 def backward(
     grad: Tensor,
     query: Tensor,

@@ -9,7 +9,8 @@ import torch
 from bench import gpu_static
 from bench.compiled import compiling_for, examine
 from bench.gpu_launches import LAUNCHES, Case
-from bench.gpu_static import RATES, flops_of, flops_of_tile, predict, transferred
+from bench.gpu_model import RATES, flops_of, predict, transferred
+from bench.gpu_static import flops_of_tile
 from bench.machine_code import loops_of, parse_amd, parse_sass
 
 # 128 rows against 128 columns of 128 features in 8 warps of an H100: 1024 clocks of products and

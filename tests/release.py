@@ -28,7 +28,7 @@ TORCH = ("2.13.0", "2.14.1")
 # What needs neither the sources nor another library.
 TESTS = (
     *("ops", "test_functional.py", "test_losses.py", "test_nn.py", "test_doctests.py"),
-    *("test_distributed.py", "test_typing.py"),
+    *("programs/test_distributed.py", "programs/test_typing.py"),
 )
 CHOSEN = "not has_a_file_in_every_layer"  # that looks at the sources
 INSTALLED = """

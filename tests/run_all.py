@@ -3,10 +3,10 @@
     python tests/run_all.py [pytest's flags]
 
 Triton's interpreter and ttsem act when triton is imported, so tests/triton needs processes of its
-own (see tests/triton/conftest.py). The first process has the machine to itself, as some of its
-tests use every core or watch the clock; the others use one core each and run side by side. All of
-them run even when one fails; the exit status is 1 when a test failed, a process died or a process
-found no test.
+own (see tests/triton/conftest.py). tests/programs starts programs and waits for them, so something
+else can run meanwhile: as many processes as there are cores run side by side. The first shows its
+tests as they come, the others when they end. All of them run even when one fails; the exit status
+is 1 when a test failed, a process died or a process found no test.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def processes() -> dict[str, tuple[list[str], dict[str, str]]]:
     """Name -> (arguments of python, environment)."""
     sanitize = ["-m", "ttsem.sanitize", "pytest"] if importlib.util.find_spec("ttsem") else PYTEST
     return {
-        "tests": ([*PYTEST, "tests", "--ignore=tests/triton"], {}),
-        "tests/triton/aot": ([*PYTEST, "tests/triton/aot"], {}),  # the longest begins first
+        "tests/programs": ([*PYTEST, "tests/programs"], {}),  # the longest begin first
+        "tests": ([*PYTEST, "tests", "--ignore=tests/triton", "--ignore=tests/programs"], {}),
+        "tests/triton/aot": ([*PYTEST, "tests/triton/aot"], {}),
         "tests/triton/gpu": ([*sanitize, "tests/triton/gpu"], {}),
         "tests/triton/interp": ([*PYTEST, "tests/triton/interp"], {"TRITON_INTERPRET": "1"}),
     }
@@ -76,7 +77,7 @@ def run(
         process = subprocess.run(
             [sys.executable, *arguments, f"--junitxml={report}", *flags],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment},  # cores are shared
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if capture else None,
             stderr=subprocess.STDOUT if capture else None,
@@ -94,16 +95,19 @@ def run(
 
 
 def main(flags: list[str]) -> int:
-    (first, alone), *others = processes().items()
+    first, *_ = every = processes()
     print(f"\n== {first}", flush=True)
-    total, said = run(first, *alone, flags, capture=False)
-    print(said, flush=True)
+    total = Total()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = {pool.submit(run, n, *other, flags, capture=True): n for n, other in others}
+        running = {
+            pool.submit(run, name, *process, flags, capture=name != first): name
+            for name, process in every.items()
+        }
         for done in as_completed(running):
             more, said = done.result()
             total += more
-            print(f"\n== {running[done]}\n{said}", flush=True)
+            title = "" if running[done] == first else f"\n== {running[done]}\n"
+            print(f"{title}{said}", flush=True)
     print(f"\n{total}")
     return 1 if total.failed or not total.passed else 0
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ["baseline", "avx2"] if X86 else ["baseline"]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is not in the installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is not in the installed package
 
 from bench import byol_bn
 from bench.__main__ import main

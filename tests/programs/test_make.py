@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAKE = shutil.which("make")
 
 needs_make = pytest.mark.skipif(MAKE is None, reason="make is not installed")
@@ -193,7 +193,7 @@ def test_every_test_file_belongs_to_a_process(run_all: ModuleType) -> None:
         argument
         for arguments, _ in run_all.processes().values()
         for argument in arguments
-        if argument.startswith("tests/triton")
+        if argument.startswith("tests/")
     ]
-    folders = {str(p.parent.relative_to(ROOT)) for p in ROOT.glob("tests/triton/**/test_*.py")}
-    assert folders == set(covered)
+    apart = [*ROOT.glob("tests/triton/**/test_*.py"), *ROOT.glob("tests/programs/test_*.py")]
+    assert {str(path.parent.relative_to(ROOT)) for path in apart} == set(covered)

@@ -32,7 +32,7 @@ def isas() -> list[str]:
 @pytest.mark.parametrize("isa", isas())
 def test_instruction_set(isa: str) -> None:
     environment = os.environ | {"FASTCL_ISA": isa, "FASTCL_BACKEND": "cpp", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, __file__, isa], env=environment, capture_output=True, text=True
     )
@@ -44,7 +44,7 @@ def test_instruction_set(isa: str) -> None:
 def test_unknown_instruction_set_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import fastcl._C"],
-        env=os.environ | {"FASTCL_ISA": "mmx", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"FASTCL_ISA": "mmx", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )

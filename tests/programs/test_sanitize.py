@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sanitize
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # The kernels' own memory and loads: `count` floats, the last `read` of them read as a vector's end.
 SNIPPET = """

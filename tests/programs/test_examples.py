@@ -13,7 +13,7 @@ import pytest
 
 from fastcl.compat import FallbackWarning, _common
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "lightly_simclr": ("lightly",),
     "open_clip_clip": ("open_clip", "open_clip_train"),

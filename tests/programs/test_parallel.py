@@ -29,7 +29,7 @@ from fastcl.models.patches import PatchEncoder
 from fastcl.optim import OPTIMIZERS
 from fastcl.parallel import share_out
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 WORLDS = 2, 3
 IMAGES, STEPS, SIDE = 40, 2, 12
 SPLIT = {"queue_size": 20, "bn_splits": 6, "batch_size": 12}

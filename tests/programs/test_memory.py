@@ -14,7 +14,7 @@ import fastcl.functional as F
 from fastcl.methods import METHODS
 from fastcl.nn import FeatureQueue, MemoryBank
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS = 400_000
 
 

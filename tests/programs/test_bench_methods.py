@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is not in the installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is not in the installed package
 
 from bench import methods
 from bench.__main__ import main
 from fastcl.methods import METHODS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # --negative-weight is a flag of InvaSpread only: with it SimCLR fails, at once and with one line.
 FLAGS = "-- --backbone tiny-resnet --batch-size 16 --log-every 2 --workers 0 --negative-weight 1"

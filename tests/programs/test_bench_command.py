@@ -78,7 +78,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path) -> None:
     command = [sys.executable, "-m", "bench", "queue_push", "nt_xent", "--providers", "fastcl"]
     command += ["--no-memory", "--threads", "1", "--json", str(file)]
     process = subprocess.Popen(
-        [*command, "--seconds", "1"], cwd=Path(__file__).parent.parent, text=True,
+        [*command, "--seconds", "1"], cwd=Path(__file__).parents[2], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:

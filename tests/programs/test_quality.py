@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CSRC = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.[ch]*"))
 
 

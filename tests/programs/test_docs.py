@@ -19,7 +19,7 @@ import fastcl.functional as F
 from fastcl.compat import PATCHABLE
 from fastcl.methods import METHODS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"(<!-- not run: .+ -->\n)?^```(\S*)\n(.*?)^```$", re.M | re.S)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is not in the installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is not in the installed package
 
 from bench import scale_ranks
 from bench.__main__ import main

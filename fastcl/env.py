@@ -53,7 +53,7 @@ def processor() -> str:
 
 
 def available_isas() -> list[str]:
-    """The built instruction sets that this processor runs, narrowest first."""
+    """The built instruction sets that this processor runs, the fastest last."""
     if _C.kernels is None:
         return []
     built = _C.build_record()["isas"]

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: one module per instruction set, the widest that runs here chosen.
+"""The compiled CPU kernels: one module per instruction set, the fastest that runs here chosen.
 
     kernels  the chosen module, or None
     ISA      its name ("baseline", "avx2", "avx512", "avx512_bf16"), or None

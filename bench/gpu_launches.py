@@ -18,6 +18,7 @@ from fastcl.kernels import (
     cosine,
     ema,
     instance_spread,
+    own_negatives,
     pair_sigmoid,
     queue,
     self_distillation,
@@ -86,6 +87,16 @@ def of_instance_spread(case: Case) -> None:
         instance_spread.backward(v, z, t, v, v, v, v, detach_columns=detach, **options)
 
 
+def of_own_negatives(case: Case) -> None:
+    query, negatives = case.rows(), torch.empty(case.n, 16, case.d, dtype=case.dtype)
+    v, t, options = torch.empty(case.n), _scalar(), dict(normalize=case.normalize)
+    own_negatives.forward(query, negatives, t, **options)
+    for needed in (True, False):
+        own_negatives.backward(
+            v, query, negatives, t, v, need_query=True, need_negatives=needed, **options
+        )
+
+
 def of_bank_scores(case: Case) -> None:
     n, k = 256, min(case.n, 4097)
     query, rows, index = case.rows(n), case.rows(), torch.empty(n, k, dtype=torch.int64)
@@ -142,6 +153,7 @@ LAUNCHES: dict[str, Callable[[Case], None]] = {
     "self_similarity_lse": of_self_similarity_lse,
     "pair_sigmoid": of_pair_sigmoid,
     "instance_spread": of_instance_spread,
+    "own_negatives": of_own_negatives,
     "bank_scores": of_bank_scores,
     "soft_cross_entropy": of_soft_cross_entropy,
     "self_distillation": of_self_distillation,
@@ -153,6 +165,7 @@ LAUNCHES: dict[str, Callable[[Case], None]] = {
 }
 WITH_IDS = ("similarity_lse", "self_similarity_lse")
 NORMALIZED = (*WITH_IDS, "pair_sigmoid", "instance_spread")
+RAW_TOO = (*NORMALIZED, "own_negatives")
 
 # Kernels whose loop is products of rows: on tensor cores, unless the rows are float32.
 PRODUCTS = (
@@ -179,5 +192,5 @@ def cases(word: str, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) ->
         for d in sizes
         for dtype in dtypes
         for ids in ((False, True) if word in WITH_IDS else (False,))
-        for normalize in ((True, False) if word in NORMALIZED else (True,))
+        for normalize in ((True, False) if word in RAW_TOO else (True,))
     ]

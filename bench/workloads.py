@@ -160,7 +160,7 @@ TABLE = [
     ),
     Workload(
         name="info_nce_paired",
-        op="",  # the negatives outweigh the scores: there is no matrix to avoid
+        op="own_negatives",
         what="InfoNCE with K negatives of each query's own, forward + backward to all",
         small={"N": 32, "K": 16, "D": 64},
         full={"N": 256, "K": 1024, "D": 128},

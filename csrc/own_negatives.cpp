@@ -6,7 +6,8 @@
 //
 // with q and k normalised first where asked, and the gradients through that. The negatives outweigh
 // all else: they are read once in each direction and their gradient is written once.
-// Plain version: fastcl/reference/own_negatives.py. GPUs run that.
+// Plain version: fastcl/reference/own_negatives.py.
+// Triton twin: kernels/own_negatives.py.
 #include <algorithm>
 #include <cmath>
 #include <vector>

@@ -80,6 +80,10 @@ def sample_inputs(
         ],
         "bank": [(normal(9, 5, grad=False), integers(9, 4), normal(4, 5, grad=False), 0.5)],
         "queue": [(normal(5, 3, grad=False), pointer, normal(4, 3, grad=False))],
+        "own_negatives": [
+            (normal(5, 7), normal(5, 3, 7), scale, True),
+            (transposed(4, 6), normal(4, 5, 6), scale, False),
+        ],
     }
     return samples[word]
 

@@ -20,7 +20,6 @@ from fastcl._functional._shared import (
     stays_narrow,
 )
 from fastcl.distributed import Group, Share, gather, needs_grad, share
-from fastcl.ops.own_negatives import own_negatives
 
 
 def similarity_lse(
@@ -144,7 +143,7 @@ def info_nce(
     elif negatives.ndim == 2:
         others = row_lse(query, negatives, t, normalize)
     else:
-        others = own_negatives(query, negatives, t, normalize)
+        others = ops.own_negatives(query, negatives, t, normalize)
     return reduce(against(others, query, positive, t, normalize), reduction, at)
 
 

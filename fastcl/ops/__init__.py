@@ -13,6 +13,7 @@ from fastcl.ops.bank_scores import bank_scores
 from fastcl.ops.cosine import cosine
 from fastcl.ops.ema import ema_
 from fastcl.ops.instance_spread import instance_spread
+from fastcl.ops.own_negatives import own_negatives
 from fastcl.ops.pair_sigmoid import pair_sigmoid, pair_sigmoid_sum
 from fastcl.ops.queue import queue_push_
 from fastcl.ops.self_distillation import self_distillation
@@ -25,6 +26,7 @@ OPS: dict[str, tuple[Operation, ...]] = {
     "similarity_lse": (similarity_lse, similarity_lse_mean),
     "self_similarity_lse": (self_similarity_lse,),
     "instance_spread": (instance_spread,),
+    "own_negatives": (own_negatives,),
     "pair_sigmoid": (pair_sigmoid, pair_sigmoid_sum),
     "soft_cross_entropy": (soft_cross_entropy,),
     "self_distillation": (self_distillation,),
@@ -46,6 +48,7 @@ __all__ = [
     "cosine",
     "ema_",
     "instance_spread",
+    "own_negatives",
     "pair_sigmoid",
     "pair_sigmoid_sum",
     "queue_push_",

@@ -1,7 +1,6 @@
 """The registered operation fastcl::own_negatives: info_nce's negatives of each query's own.
 
-As torch's own operations it would write the negatives' gradient three times. GPUs run the plain
-version: it is bound by reading the negatives, which it does twice where once would do.
+As torch's own operations it would write the negatives' gradient three times.
 Formula in fastcl/reference/own_negatives.py.
 """
 
@@ -13,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fastcl import _C
-from fastcl.ops._backend import DTYPE_CODES, backend_of, pointer
+from fastcl.ops._backend import DTYPE_CODES, backend_of, implementation, pointer
 from fastcl.ops._library import contiguous, define, differentiate, statistics_dtype
 from fastcl.reference import own_negatives as plain
+
+WORD = "own_negatives"
+LONGEST = 8192  # features of a row that the Triton kernels hold
 
 
 class Cpp:
@@ -54,7 +56,9 @@ class Cpp:
 
 
 def implementation_of(query: Tensor) -> Any:
-    return Cpp if backend_of(query).name == "cpp" else plain
+    if query.shape[1] > LONGEST and backend_of(query).name == "triton":
+        return plain
+    return implementation(WORD, query, Cpp)
 
 
 def run_forward(query: Tensor, negatives: Tensor, scale: Tensor, normalize: bool) -> Tensor:

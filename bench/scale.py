@@ -185,7 +185,7 @@ def show_measured(record: dict[str, Any]) -> None:
         model, fitted = row["model"], " *" if row["world"] == 1 else "  "
         cells = [
             *(size(model["received"]), size(int(row["received"]))),
-            *(size(model["peak"]), size(int(row["peak"]))),
+            *(size(model["peak"]), size(int(row["allocated"]))),
             *(report.duration(model["step"]), report.duration(row["seconds"])),
         ]
         pairs = "".join(f"{a:>9}{b:>9}{'':4}" for a, b in zip(cells[::2], cells[1::2]))

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is not in the installed package
 
-from bench import scale_ranks
+from bench import scale, scale_ranks
 from bench.__main__ import main
 from bench.scale_model import KINDS, LOSSES, Case, Machine, flops, peak_bytes, received, seconds
 
@@ -54,6 +54,14 @@ def test_two_processes_receive_the_models_bytes(record, loss, kind):
 def test_tensors_of_two_processes_are_the_models(record, loss, kind):
     row = row_of(record, loss, kind, 2)
     assert row["allocated"] == pytest.approx(row["model"]["peak"], rel=0.02)
+
+
+def test_what_is_printed_is_what_was_measured(record, capsys):
+    row = {**row_of(record, "clip", "ring", 2), "received": 130e3, "allocated": 1.5e6, "peak": 2.5e9}
+    scale.show_measured({**record, "measured": [row]})
+    printed = next(line for line in capsys.readouterr().out.splitlines() if "ring" in line)
+    found = [printed.index(size) for size in ("130 kB", "1.5 MB", "2.5 GB")]
+    assert found == sorted(found)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -101,11 +101,12 @@ define check_compiler
     { echo "fastcl: Python.h is missing; on Debian: apt-get install python3-dev" >&2; exit 1; }
 endef
 
+# --no-compile: bytecode is written when a module is first imported; most of these never are.
 $(INSTALLED): pyproject.toml setup.py | $(PY)
 	$(check_compiler)
 	@echo "Installing fastcl[$(EXTRAS)] into $(VENV): the first time some minutes, most of them torch's"
 	$(PIP) install $(BUILD_REQUIRES)
-	FASTCL_REQUIRE_COMPILER=1 $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]"
+	FASTCL_REQUIRE_COMPILER=1 $(PIP) install --no-compile --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(KERNELS): setup.py $(wildcard csrc/*) | $(INSTALLED)

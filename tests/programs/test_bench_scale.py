@@ -57,7 +57,12 @@ def test_tensors_of_two_processes_are_the_models(record, loss, kind):
 
 
 def test_what_is_printed_is_what_was_measured(record, capsys):
-    row = {**row_of(record, "clip", "ring", 2), "received": 130e3, "allocated": 1.5e6, "peak": 2.5e9}
+    row = {
+        **row_of(record, "clip", "ring", 2),
+        "received": 130e3,
+        "allocated": 1.5e6,
+        "peak": 2.5e9,
+    }
     scale.show_measured({**record, "measured": [row]})
     printed = next(line for line in capsys.readouterr().out.splitlines() if "ring" in line)
     found = [printed.index(size) for size in ("130 kB", "1.5 MB", "2.5 GB")]

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 
 import numpy as np
 import pytest
@@ -26,13 +26,20 @@ STEPS = 12  # three epochs of four; checkpoints after steps 3, 4, 6, 8, 9 and 12
 FLAGS = f"{SMALL} --workers 2 --log-every 1 --eval-every 2 --checkpoint-steps 3"
 
 
-def start(arguments):
-    """A process that trains, forked from one that has imported what it will: in no time."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fastcl.train", "small_run", "torch._dynamo", "torchvision.transforms.v2.functional"]
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """Processes are forked, in no time, from one that has imported what they will."""
+    forkserver._forkserver._stop()  # what other tests have started has not
+    forkserver.set_forkserver_preload(
+        ["fastcl.train", "torch._dynamo", "torchvision.transforms.v2.functional"]
     )
-    process = context.Process(target=train, args=(arguments,))
+    yield
+    forkserver._forkserver._stop()
+
+
+def start(arguments):
+    """A process that trains."""
+    process = get_context("forkserver").Process(target=train, args=(arguments,))
     process.start()
     return process
 

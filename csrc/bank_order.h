@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "scratch.h"
+#include "subnormals.h"
 
 namespace fastcl {
 
@@ -45,6 +46,7 @@ struct BankOrder {
   void for_groups(int threads, Function f) const {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t share = 0; share < threads; ++share) {
+      const NoSubnormals fast;
       const int64_t begin = tasks() * share / threads, stop = tasks() * (share + 1) / threads;
       const int64_t groups = (stop - begin + group - 1) / group;
       for (int64_t g = 0; g < groups; ++g)

@@ -14,6 +14,7 @@
 #include <omp.h>
 
 #include "simd.h"
+#include "subnormals.h"
 
 namespace fastcl {
 
@@ -38,13 +39,17 @@ class Turns {
 template <class Function>
 inline void in_order(int64_t tasks, int threads, Function f) {
   if (threads <= 1 || tasks <= 1) {
+    const NoSubnormals fast;
     for (int64_t task = 0; task < tasks; ++task) f(task, 0);
     return;
   }
   std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
-  for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-    f(task, omp_get_thread_num());
+  {
+    const NoSubnormals fast;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      f(task, omp_get_thread_num());
+  }
 }
 
 struct BlockPair {

@@ -15,6 +15,7 @@
 #include "ops.h"
 #include "pages.h"
 #include "scratch.h"
+#include "subnormals.h"
 
 namespace fastcl {
 namespace {
@@ -65,6 +66,7 @@ void own_negatives_forward(const void* query, const void* negatives, const float
     const float t = *scale;
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * k * d > PARALLEL)
     for (int64_t i = 0; i < n; ++i) {
+      const NoSubnormals fast;
       const Scratch memory(size_t(padded(d) + k) * 4);
       float *x = memory.as<float>(), *s = x + padded(d), top = -INF;
       unit(q + i * d, x, d, normalize);
@@ -96,6 +98,7 @@ void own_negatives_backward(const float* grad, const void* query, const void* ne
     if (dk != nullptr) ask_for_huge_pages(dk, n * k * d * int64_t(sizeof *dk));
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * k * d > PARALLEL)
     for (int64_t i = 0; i < n; ++i) {
+      const NoSubnormals fast;
       const Scratch memory(size_t(2 * width) * 4);
       float *x = memory.as<float>(), *total = x + width;  // total: Σ_k W k̂
       const float norm = unit(q + i * d, x, d, normalize);

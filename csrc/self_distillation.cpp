@@ -16,6 +16,7 @@
 #include "pages.h"
 #include "scratch.h"
 #include "soft_targets.h"
+#include "subnormals.h"
 
 namespace fastcl {
 namespace {
@@ -123,6 +124,7 @@ void self_distillation_forward(const void* student, const void* teacher, const f
     const auto* y = static_cast<decltype(type)>(const_cast<void*>(teacher));
 #pragma omp parallel num_threads(threads) if (rows * k > PARALLEL)
     {
+      const NoSubnormals fast;
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < teachers * n; ++row) {
         const auto sums = teacher_row(y + row * k, center, k, t2);
@@ -180,6 +182,7 @@ void self_distillation_backward(const float* grad, const void* student, const vo
     T dx = static_cast<T>(grad_student);
 #pragma omp parallel num_threads(threads) if (rows * k > PARALLEL)
     {
+      const NoSubnormals fast;
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < teachers * n; ++row)
         of_teacher[row] = soft::softmax_of(teacher_lse[row],

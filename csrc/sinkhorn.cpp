@@ -24,6 +24,7 @@
 #include "ops.h"
 #include "pages.h"
 #include "scratch.h"
+#include "subnormals.h"
 
 namespace fastcl {
 namespace {
@@ -131,6 +132,7 @@ struct Sinkhorn {
   void sweep(bool backwards, Function f) {
 #pragma omp parallel num_threads(threads)
     {
+      const NoSubnormals fast;
       const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
       const int64_t begin = blocks * thread / team, end = blocks * (thread + 1) / team;
       for (int64_t i = begin; i < end; ++i) {

@@ -17,6 +17,7 @@
 #include "pages.h"
 #include "scratch.h"
 #include "soft_targets.h"
+#include "subnormals.h"
 
 namespace fastcl {
 namespace {
@@ -42,10 +43,14 @@ void soft_cross_entropy_forward(const void* logits, const void* targets, float s
   with_types(dtype, target_dtype, [&](auto* logit, auto* target) {
     const auto* x = static_cast<decltype(logit)>(const_cast<void*>(logits));
     const auto* y = static_cast<decltype(target)>(const_cast<void*>(targets));
-#pragma omp parallel for num_threads(threads) schedule(static) if (n * k > PARALLEL)
-    for (int64_t i = 0; i < n * pieces; ++i) {
-      const int64_t j = i % pieces * PIECE, at = i / pieces * k + j;
-      part[i] = soft::sums_of(x + at, y + at, std::min(k - j, PIECE), scale2);
+#pragma omp parallel num_threads(threads) if (n * k > PARALLEL)
+    {
+      const NoSubnormals fast;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n * pieces; ++i) {
+        const int64_t j = i % pieces * PIECE, at = i / pieces * k + j;
+        part[i] = soft::sums_of(x + at, y + at, std::min(k - j, PIECE), scale2);
+      }
     }
   });
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * pieces > PARALLEL / 8)
@@ -77,6 +82,7 @@ void soft_cross_entropy_backward(const float* grad, const void* logits, const vo
     X dx = static_cast<X>(grad_logits);
 #pragma omp parallel num_threads(threads) if (n * k > PARALLEL)
     {
+      const NoSubnormals fast;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < n; ++i) {
         of_row[i] = soft::softmax_of(

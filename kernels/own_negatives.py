@@ -201,6 +201,7 @@ def backward(
             NORMALIZE=normalize,
             NEED_NEGATIVES=need_negatives,
             **options,
+            **configs.registers(query, 128),  # ptxas would spill for more blocks
         )
         grad_query, dot = combine(query, part, scale, normalize, D)  # dot: q̂_n · u_n
     return grad_query if need_query else None, grad_negatives, dot.sum()

@@ -17,7 +17,7 @@ from fastcl.ops._library import contiguous, define, differentiate, statistics_dt
 from fastcl.reference import own_negatives as plain
 
 WORD = "own_negatives"
-LONGEST = 8192  # features of a row that the Triton kernels hold
+LONGEST = 8192  # features of a row: as in kernels/own_negatives.py
 
 
 class Cpp:

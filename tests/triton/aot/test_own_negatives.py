@@ -5,6 +5,7 @@ import torch
 from streaming_budget import assert_lean, compiled_kernels, over_ragged, over_targets, tile_loads
 
 from fastcl.kernels import own_negatives
+from fastcl.ops.own_negatives import LONGEST
 
 
 def launch(n, k, d, dtype):
@@ -25,6 +26,10 @@ def test_no_spills_and_wide_loads(d, short, target, dtype):
         blocks = 16 // kernel.options["num_warps"]  # a quarter of the warps that there can be
         assert_lean(kernel, loads=tile_loads(kernel, tile, dtype), blocks=blocks, ragged=short)
     assert_lean(combine, loads=0, blocks=4)
+
+
+def test_longer_rows_go_to_the_plain_version():
+    assert LONGEST == own_negatives.LONGEST
 
 
 def test_sizes_do_not_recompile():

@@ -10,6 +10,7 @@
 // Plain version: fastcl/reference/bank_scores.py. Triton twin: kernels/bank_scores.py.
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "bank_order.h"
@@ -21,19 +22,22 @@ namespace {
 
 constexpr int64_t IN_FLIGHT = 8192;  // bytes: 128 cache lines of 100 ns each, 80 GB/s a core
 
-template <class T>
+// Into the first-level cache (CLOSE), or into the second: more requests can be under way to there.
+constexpr int CLOSE = 3, NEAR = 2;
+template <int LOCALITY, class T>
 void prefetch(const T* row, int64_t d) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < d * int64_t(sizeof(T)); b += 64) __builtin_prefetch(bytes + b);
+  for (int64_t b = 0; b < d * int64_t(sizeof(T)); b += 64)
+    __builtin_prefetch(bytes + b, 0, LOCALITY);
 }
 
 // use(k, row) for every k, the rows asked for in time.
 template <class T, class Use>
 void for_rows(const T* bank, const int64_t* index, int64_t count, int64_t d, Use use) {
   const int64_t ahead = std::clamp<int64_t>(IN_FLIGHT / (d * int64_t(sizeof(T))), 2, 64);  // rows
-  for (int64_t k = 0; k < std::min(ahead, count); ++k) prefetch(bank + index[k] * d, d);
+  for (int64_t k = 0; k < std::min(ahead, count); ++k) prefetch<CLOSE>(bank + index[k] * d, d);
   for (int64_t k = 0; k < count; ++k) {
-    if (k + ahead < count) prefetch(bank + index[k + ahead] * d, d);
+    if (k + ahead < count) prefetch<CLOSE>(bank + index[k + ahead] * d, d);
     use(k, bank + index[k] * d);
   }
 }
@@ -49,6 +53,24 @@ float dot(const float* x, const T* row, int64_t d) {
   }
   for (; j < d; j += LANES) a = fma(load(x + j), load(row + j, d - j), a);
   return sum(a + b);
+}
+
+constexpr int64_t PAIRS = 4;  // whose products go side by side
+
+// r[p] = x(p) · row(p)
+template <class X, class Row>
+void dots(float* r, int64_t d, X x, Row row) {
+  const float* xs[PAIRS];
+  decltype(row(0)) rows[PAIRS];
+  for (int64_t p = 0; p < PAIRS; ++p) xs[p] = x(p), rows[p] = row(p);
+  F sums[PAIRS]{};
+  int64_t j = 0;
+  for (; j + LANES <= d; j += LANES)
+    for (int p = 0; p < PAIRS; ++p) sums[p] = fma(load(xs[p] + j), load(rows[p] + j), sums[p]);
+  if (j < d)
+    for (int p = 0; p < PAIRS; ++p)
+      sums[p] = fma(load(xs[p] + j), load(rows[p] + j, d - j), sums[p]);
+  for (int p = 0; p < PAIRS; ++p) r[p] = sum(sums[p]);
 }
 
 // total += Σ_c g_c row_c, V vectors of it in registers; row(c) and weight(c) of a run.
@@ -81,18 +103,170 @@ void widen(const T* x, float* out, int64_t d) {
   for (int64_t j = 0; j < d; j += LANES) store(out + j, load(x + j, d - j));
 }
 
-// Calls f with null pointers of the two storage types.
-template <class Function>
-void with_types(int query_dtype, int bank_dtype, Function f) {
-  with_type(query_dtype, [&](auto* q) { with_type(bank_dtype, [&](auto* b) { f(q, b); }); });
+void check_index(const int64_t* index, int64_t count, int64_t m, int threads) {
+  bool inside = true;
+#pragma omp parallel for num_threads(threads) schedule(static) \
+    reduction(&& : inside) if (threads > 1)
+  for (int64_t c = 0; c < count; ++c) inside = inside && uint64_t(index[c]) < uint64_t(m);
+  if (!inside) throw std::out_of_range("bank_scores: an index lies outside the bank.");
 }
+
+// What is multiplied: t · query (N, D) · bank (M, D)[index (N, K)].
+template <class Q, class B>
+struct Operands {
+  const Q* query;
+  const B* bank;
+  const int64_t* index;
+  int64_t n, k, m, d;
+  int threads;
+
+  int64_t width() const { return padded(d); }
+  const B* row(int64_t i) const { return bank + i * d; }
+  BankOrder order() const { return BankOrder(n, k, m, d, d * int64_t(sizeof(B))); }
+};
 
 constexpr int64_t PARALLEL = 1 << 14;  // multiply-adds below which one thread is faster
 
-void check_index(const int64_t* index, int64_t count, int64_t m) {
-  bool inside = true;
-  for (int64_t c = 0; c < count; ++c) inside &= uint64_t(index[c]) < uint64_t(m);
-  if (!inside) throw std::out_of_range("bank_scores: an index lies outside the bank.");
+// f(operands) of the two storage types.
+template <class Function>
+void with_operands(const void* query, const void* bank, const int64_t* index, int64_t n, int64_t k,
+                   int64_t m, int64_t d, int dtype, int bank_dtype, int threads, Function f) {
+  if (n * k * d <= PARALLEL) threads = 1;
+  check_index(index, n * k, m, threads);
+  with_type(dtype, [&](auto* q) {
+    with_type(bank_dtype, [&](auto* b) {
+      using Q = std::remove_pointer_t<decltype(q)>;
+      using B = std::remove_pointer_t<decltype(b)>;
+      f(Operands<Q, B>{static_cast<const Q*>(query), static_cast<const B*>(bank), index, n, k, m, d,
+                       threads});
+    });
+  });
+}
+
+// The index (N, K) in pieces, up to `size` columns of one query: enough of them for many threads.
+struct Pieces {
+  int64_t k, size, of_query, count;
+
+  Pieces(int64_t n, int64_t k_) : k(k_) {
+    size = std::clamp<int64_t>(n * k / 64, 1 << 10, 1 << 13);
+    of_query = std::max<int64_t>(1, (k + size - 1) / size);
+    count = n * of_query;
+  }
+  int64_t query(int64_t piece) const { return piece / of_query; }
+  int64_t place(int64_t piece) const { return query(piece) * k + piece % of_query * size; }
+  int64_t columns(int64_t piece) const { return std::min(size, k - piece % of_query * size); }
+};
+
+// ---- forward: scores (N, K) = t · q · row ------------------------------------------------------
+
+template <class Q, class B>
+void scores_in_order_of_index(const Operands<Q, B>& o, float t, float* scores) {
+  const Pieces pieces(o.n, o.k);
+#pragma omp parallel for num_threads(o.threads) schedule(static) if (o.threads > 1)
+  for (int64_t piece = 0; piece < pieces.count; ++piece) {
+    const NoSubnormals fast;
+    const Scratch memory(size_t(o.width()) * 4);
+    float *x = memory.as<float>(), *out = scores + pieces.place(piece);
+    widen(o.query + pieces.query(piece) * o.d, x, o.d);
+    for_rows(o.bank, o.index + pieces.place(piece), pieces.columns(piece), o.d,
+             [&](int64_t c, const B* row) { out[c] = t * dot(x, row, o.d); });
+  }
+}
+
+template <class Q, class B>
+void scores_in_order_of_bank(const Operands<Q, B>& o, float t, float* scores) {
+  const BankOrder order = o.order();
+  const int64_t width = o.width();
+  for (int64_t g = 0; g < order.groups; ++g) {
+    const int64_t first = order.first(g), query0 = order.query0(g), queries = order.queries(g);
+    const Scratch memory(size_t(queries * width) * 4);
+    float *x = memory.as<float>(), *out = scores + first;
+    for (int64_t i = 0; i < queries; ++i) widen(o.query + (query0 + i) * o.d, x + i * width, o.d);
+    const SortedPairs<uint32_t> pairs(order, o.index, g, o.threads,
+                                      [&](int64_t c) { return uint32_t(c - first); });
+#pragma omp parallel for num_threads(o.threads) schedule(dynamic) if (o.threads > 1)
+    for (int64_t range = 0; range < order.ranges; ++range) {
+      const NoSubnormals fast;
+      const B* rows = o.row(order.row0(range));
+      pairs.for_blocks(
+          range, [&](int64_t row) { prefetch<NEAR>(rows + row * o.d, o.d); },
+          [&](const auto* pair, int64_t left) {
+            const auto some = [&](int64_t p) { return pair[std::min(p, left - 1)]; };
+            float products[PAIRS];
+            dots(
+                products, o.d, [&](int64_t p) { return x + pairs.query(some(p)) * width; },
+                [&](int64_t p) { return rows + pairs.row(some(p)) * o.d; });
+            for (int64_t p = 0; p < PAIRS; ++p) out[some(p).with] = t * products[p];
+            return std::min(PAIRS, left);
+          });
+    }
+  }
+}
+
+// ---- backward: sums (N, D padded) = Σ_k g_nk bank[index_nk] ------------------------------------
+
+// sums (rows, width) += Σ of `count` such arrays, one after the other.
+void add_parts(float* sums, const float* parts, int64_t count, int64_t rows, int64_t width,
+               int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t part = 0; part < count; ++part)
+      for (int64_t j = i * width; j < (i + 1) * width; j += LANES)
+        store(sums + j, load(sums + j) + load(parts + part * rows * width + j));
+}
+
+template <class Q, class B>
+void sums_in_order_of_index(const Operands<Q, B>& o, const float* grad, float* sums) {
+  const Pieces pieces(o.n, o.k);
+  const int64_t width = o.width();
+  const Scratch memory(size_t(pieces.count * width) * 4);
+  float* parts = memory.as<float>();  // (N, pieces of a query, width)
+#pragma omp parallel for num_threads(o.threads) schedule(static) if (o.threads > 1)
+  for (int64_t piece = 0; piece < pieces.count; ++piece) {
+    const NoSubnormals fast;
+    const float* g = grad + pieces.place(piece);
+    float* total = parts + piece * width;
+    std::fill_n(total, width, 0.0f);
+    for_rows(o.bank, o.index + pieces.place(piece), pieces.columns(piece), o.d,
+             [&](int64_t c, const B* row) {
+               add_run(total, 1, o.d, [&](int64_t) { return row; }, [&](int64_t) { return g[c]; });
+             });
+  }
+#pragma omp parallel for num_threads(o.threads) schedule(static) if (o.threads > 1)
+  for (int64_t i = 0; i < o.n; ++i)
+    add_parts(sums + i * width, parts + i * pieces.of_query * width, pieces.of_query, 1, width, 1);
+}
+
+template <class Q, class B>
+void sums_in_order_of_bank(const Operands<Q, B>& o, const float* grad, float* sums) {
+  const BankOrder order = o.order();
+  const int64_t width = o.width();
+  for (int64_t g = 0; g < order.groups; ++g) {
+    const int64_t size = order.queries(g) * width;
+    const Scratch memory(size_t(order.ranges * size) * 4);
+    float* parts = memory.as<float>();  // (ranges, queries of the group, width)
+    const SortedPairs<float> pairs(order, o.index, g, o.threads,
+                                   [&](int64_t c) { return grad[c]; });
+#pragma omp parallel for num_threads(o.threads) schedule(dynamic) if (o.threads > 1)
+    for (int64_t range = 0; range < order.ranges; ++range) {
+      const NoSubnormals fast;
+      const B* rows = o.row(order.row0(range));
+      float* total = parts + range * size;
+      std::fill_n(total, size, 0.0f);
+      pairs.for_blocks(
+          range, [&](int64_t row) { prefetch<NEAR>(rows + row * o.d, o.d); },
+          [&](const auto* pair, int64_t left) {
+            const int64_t count = pairs.run(pair, left);
+            add_run(
+                total + pairs.query(*pair) * width, count, o.d,
+                [&](int64_t c) { return rows + pairs.row(pair[c]) * o.d; },
+                [&](int64_t c) { return pair[c].with; });
+            return count;
+          });
+    }
+    add_parts(sums + order.query0(g) * width, parts, order.ranges, order.queries(g), width,
+              o.threads);
+  }
 }
 
 }  // namespace
@@ -100,40 +274,9 @@ void check_index(const int64_t* index, int64_t count, int64_t m) {
 void bank_scores_forward(const void* query, const void* bank, const int64_t* index,
                          const float* scale, float* scores, int64_t n, int64_t k, int64_t m,
                          int64_t d, int dtype, int bank_dtype, int threads) {
-  check_index(index, n * k, m);
-  with_types(dtype, bank_dtype, [&](auto* query_type, auto* bank_type) {
-    const auto* q = static_cast<decltype(query_type)>(const_cast<void*>(query));
-    const auto* rows = static_cast<decltype(bank_type)>(const_cast<void*>(bank));
-    float* out = scores;  // clang 14 loses what a lambda in a parallel region captures twice
-    const float t = *scale;
-    const int64_t width = padded(d);
-    const BankOrder order(n, k, m, d, d * int64_t(sizeof *rows));
-    order.for_groups(n * k * d > PARALLEL ? threads : 1, [&](int64_t first, int64_t last) {
-      const int64_t query0 = order.query(first), queries = order.query(last - 1) + 1 - query0;
-      const Scratch memory(size_t(queries * width) * 4);
-      float* x = memory.as<float>();  // (queries of the group, width)
-      for (int64_t i = 0; i < queries; ++i) widen(q + (query0 + i) * d, x + i * width, d);
-      const auto of = [&](int64_t task) { return x + (order.query(task) - query0) * width; };
-      if (!order.pays()) {
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t at = order.place(task);
-          const float* xi = of(task);
-          for_rows(rows, index + at, order.columns(task), d,
-                   [&](int64_t c, const auto* row) { out[at + c] = t * dot(xi, row, d); });
-        }
-        return;
-      }
-      const int64_t at = order.place(first);
-      const SortedPairs<uint32_t> pairs(order, index, first, last,
-                                        [&](int64_t c) { return uint32_t(c - at); });
-      pairs.for_runs([&](int64_t row) { prefetch(rows + row * d, d); },
-                     [&](int64_t task, const auto* pair, int64_t count, int64_t block) {
-                       const float* xi = of(task);
-                       for (int64_t c = 0; c < count; ++c)
-                         out[at + pair[c].with] =
-                             t * dot(xi, rows + (block + pairs.row(pair[c])) * d, d);
-                     });
-    });
+  with_operands(query, bank, index, n, k, m, d, dtype, bank_dtype, threads, [&](const auto& o) {
+    o.order().pays() ? scores_in_order_of_bank(o, *scale, scores)
+                     : scores_in_order_of_index(o, *scale, scores);
   });
 }
 
@@ -141,48 +284,20 @@ void bank_scores_backward(const float* grad, const void* query, const void* bank
                           const int64_t* index, const float* scale, void* grad_query,
                           float* grad_scale, int64_t n, int64_t k, int64_t m, int64_t d, int dtype,
                           int bank_dtype, int threads) {
-  check_index(index, n * k, m);
-  if (n * k * d <= PARALLEL) threads = 1;
   std::vector<double> products(size_t(n), 0.0);
-  with_types(dtype, bank_dtype, [&](auto* query_type, auto* bank_type) {
-    using Q = decltype(query_type);
-    const auto* q = static_cast<Q>(const_cast<void*>(query));
-    const auto* rows = static_cast<decltype(bank_type)>(const_cast<void*>(bank));
-    Q dq = static_cast<Q>(grad_query);
-    const float* g = grad;  // as above
-    const int64_t width = padded(d);
-    const BankOrder order(n, k, m, d, d * int64_t(sizeof *rows));
-    const Scratch memory(size_t(order.tasks() * width) * 4);
-    float* sums = memory.as<float>();  // (N, pieces, width): Σ_k g_nk bank[index_nk]
-    order.for_groups(threads, [&](int64_t first, int64_t last) {
-      std::fill(sums + first * width, sums + last * width, 0.0f);
-      if (!order.pays()) {
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t at = order.place(task);
-          float* total = sums + task * width;
-          for_rows(rows, index + at, order.columns(task), d, [&](int64_t c, const auto* row) {
-            add_run(total, 1, d, [&](int64_t) { return row; }, [&](int64_t) { return g[at + c]; });
-          });
-        }
-        return;
-      }
-      const SortedPairs<float> pairs(order, index, first, last, [&](int64_t c) { return g[c]; });
-      pairs.for_runs([&](int64_t row) { prefetch(rows + row * d, d); },
-                     [&](int64_t task, const auto* pair, int64_t count, int64_t block) {
-                       add_run(
-                           sums + task * width, count, d,
-                           [&](int64_t c) { return rows + (block + pairs.row(pair[c])) * d; },
-                           [&](int64_t c) { return pair[c].with; });
-                     });
-    });
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  with_operands(query, bank, index, n, k, m, d, dtype, bank_dtype, threads, [&](const auto& o) {
+    const int64_t width = o.width();
+    const Scratch memory(size_t(n * width) * 4);
+    float* sums = memory.as<float>();
+    std::fill_n(sums, n * width, 0.0f);
+    o.order().pays() ? sums_in_order_of_bank(o, grad, sums) : sums_in_order_of_index(o, grad, sums);
+    using Q = std::remove_const_t<std::remove_pointer_t<decltype(o.query)>>;
+    Q* dq = static_cast<Q*>(grad_query);
     for (int64_t i = 0; i < n; ++i) {
-      float* total = sums + i * order.pieces * width;
-      for (int64_t piece = 1; piece < order.pieces; ++piece)
-        for (int64_t j = 0; j < width; j += LANES)
-          store(total + j, load(total + j) + load(total + piece * width + j));
-      products[size_t(i)] = dot(total, q + i * d, d);
-      for (int64_t j = 0; j < d; j += LANES) store(dq + i * d + j, load(total + j) * *scale, d - j);
+      const float* total = sums + i * width;
+      products[size_t(i)] = dot(total, o.query + i * d, d);
+      for (int64_t j = 0; j < d; j += LANES)
+        store(dq + i * d + j, load(total + j) * broadcast(*scale), d - j);
     }
   });
   double total = 0;

@@ -108,6 +108,9 @@ def operations(n: int, d: int, dtype: object) -> list[Callable[[], None]]:
         for k in (0, 1, 3, 17):
             index = torch.randint(63, (n, k))
             back(F.bank_scores(random(n, d), random(63, d).detach(), index, scale=2.0))
+        if n > 8 and d > 128:  # ranges of several blocks
+            index = torch.randint(18_001, (n, 40_000 // n))
+            back(F.bank_scores(random(n, d), random(18_001, d).detach(), index))
 
     def distillation() -> None:
         student, teacher = random(3, n, d), random(2, n, d).detach()

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("backend")
         (5, 33, 40, 100),
         (17, 129, 300, 64),  # more pairs than rows, which are one block of the bank
         (7, 50, 300, 129),  # fewer
-        (6, 2100, 1300, 250),  # pieces of a query, blocks of the bank
+        (3, 2100, 8000, 64),  # pieces of a query
+        (6, 7000, 20000, 250),  # ranges of the bank of several blocks
+        (700, 17, 300, 250),  # groups that begin in the middle of a query
     ],
 )
 def test_matches_the_float64_formula(n: int, k: int, m: int, d: int, dtype: torch.dtype) -> None:
@@ -42,7 +44,9 @@ def test_matches_the_float64_formula(n: int, k: int, m: int, d: int, dtype: torc
         assert relative_error(a, b) < slack
 
 
-@pytest.mark.parametrize(("n", "k", "m", "d"), [(40, 257, 3000, 100), (3, 2100, 8000, 64)])
+@pytest.mark.parametrize(
+    ("n", "k", "m", "d"), [(40, 257, 3000, 100), (3, 2100, 8000, 64), (700, 17, 300, 250)]
+)
 def test_same_bits_for_any_number_of_threads(
     assert_same_bits, n: int, k: int, m: int, d: int
 ) -> None:

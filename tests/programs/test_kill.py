@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, set_start_method
 
 import numpy as np
 import pytest
@@ -45,6 +45,7 @@ def start(arguments):
 
 
 def train(arguments):
+    set_start_method("fork", force=True)  # of workers, as in a run from the command line
     torch.set_num_threads(1)
     sys.exit(main(arguments))
 

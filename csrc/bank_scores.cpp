@@ -96,8 +96,6 @@ void add_run(float* total, int64_t count, int64_t d, Row row, Weight weight) {
   for (; j < d; j += LANES) add_vectors<1>(total, count, j, d - j, row, weight);
 }
 
-int64_t padded(int64_t d) { return (d + LANES - 1) / LANES * LANES; }
-
 template <class T>
 void widen(const T* x, float* out, int64_t d) {
   for (int64_t j = 0; j < d; j += LANES) store(out + j, load(x + j, d - j));
@@ -111,35 +109,30 @@ void check_index(const int64_t* index, int64_t count, int64_t m, int threads) {
   if (!inside) throw std::out_of_range("bank_scores: an index lies outside the bank.");
 }
 
-// What is multiplied: t · query (N, D) · bank (M, D)[index (N, K)].
-template <class Q, class B>
-struct Operands {
-  const Q* query;
-  const B* bank;
+// The rows bank (M, D)[index (N, K)].
+template <class T>
+struct Gathered {
+  const T* bank;
   const int64_t* index;
   int64_t n, k, m, d;
   int threads;
 
-  int64_t width() const { return padded(d); }
-  const B* row(int64_t i) const { return bank + i * d; }
-  BankOrder order() const { return BankOrder(n, k, m, d, d * int64_t(sizeof(B))); }
+  int64_t width() const { return padded(d); }  // of a query's row in float
+  const T* row(int64_t i) const { return bank + i * d; }
+  BankOrder order() const { return BankOrder(n, k, m, d, d * int64_t(sizeof(T))); }
 };
 
 constexpr int64_t PARALLEL = 1 << 14;  // multiply-adds below which one thread is faster
 
-// f(operands) of the two storage types.
+// f(gathered) of the bank's storage type.
 template <class Function>
-void with_operands(const void* query, const void* bank, const int64_t* index, int64_t n, int64_t k,
-                   int64_t m, int64_t d, int dtype, int bank_dtype, int threads, Function f) {
+void with_gathered(const void* bank, const int64_t* index, int64_t n, int64_t k, int64_t m,
+                   int64_t d, int dtype, int threads, Function f) {
   if (n * k * d <= PARALLEL) threads = 1;
   check_index(index, n * k, m, threads);
-  with_type(dtype, [&](auto* q) {
-    with_type(bank_dtype, [&](auto* b) {
-      using Q = std::remove_pointer_t<decltype(q)>;
-      using B = std::remove_pointer_t<decltype(b)>;
-      f(Operands<Q, B>{static_cast<const Q*>(query), static_cast<const B*>(bank), index, n, k, m, d,
-                       threads});
-    });
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    f(Gathered<T>{static_cast<const T*>(bank), index, n, k, m, d, threads});
   });
 }
 
@@ -157,44 +150,42 @@ struct Pieces {
   int64_t columns(int64_t piece) const { return std::min(size, k - piece % of_query * size); }
 };
 
-// ---- forward: scores (N, K) = t · q · row ------------------------------------------------------
+// ---- forward: scores (N, K) = t · x · row, x (N, width) ----------------------------------------
 
-template <class Q, class B>
-void scores_in_order_of_index(const Operands<Q, B>& o, float t, float* scores) {
+template <class T>
+void scores_in_order_of_index(const Gathered<T>& o, const float* x, float t, float* scores) {
   const Pieces pieces(o.n, o.k);
 #pragma omp parallel for num_threads(o.threads) schedule(static) if (o.threads > 1)
   for (int64_t piece = 0; piece < pieces.count; ++piece) {
     const NoSubnormals fast;
-    const Scratch memory(size_t(o.width()) * 4);
-    float *x = memory.as<float>(), *out = scores + pieces.place(piece);
-    widen(o.query + pieces.query(piece) * o.d, x, o.d);
+    const float* xi = x + pieces.query(piece) * o.width();
+    float* out = scores + pieces.place(piece);
     for_rows(o.bank, o.index + pieces.place(piece), pieces.columns(piece), o.d,
-             [&](int64_t c, const B* row) { out[c] = t * dot(x, row, o.d); });
+             [&](int64_t c, const T* row) { out[c] = t * dot(xi, row, o.d); });
   }
 }
 
-template <class Q, class B>
-void scores_in_order_of_bank(const Operands<Q, B>& o, float t, float* scores) {
+template <class T>
+void scores_in_order_of_bank(const Gathered<T>& o, const float* x, float t, float* scores) {
   const BankOrder order = o.order();
   const int64_t width = o.width();
   for (int64_t g = 0; g < order.groups; ++g) {
-    const int64_t first = order.first(g), query0 = order.query0(g), queries = order.queries(g);
-    const Scratch memory(size_t(queries * width) * 4);
-    float *x = memory.as<float>(), *out = scores + first;
-    for (int64_t i = 0; i < queries; ++i) widen(o.query + (query0 + i) * o.d, x + i * width, o.d);
+    const int64_t first = order.first(g);
+    const float* xs = x + order.query0(g) * width;
+    float* out = scores + first;
     const SortedPairs<uint32_t> pairs(order, o.index, g, o.threads,
                                       [&](int64_t c) { return uint32_t(c - first); });
 #pragma omp parallel for num_threads(o.threads) schedule(dynamic) if (o.threads > 1)
     for (int64_t range = 0; range < order.ranges; ++range) {
       const NoSubnormals fast;
-      const B* rows = o.row(order.row0(range));
+      const T* rows = o.row(order.row0(range));
       pairs.for_blocks(
           range, [&](int64_t row) { prefetch<NEAR>(rows + row * o.d, o.d); },
           [&](const auto* pair, int64_t left) {
             const auto some = [&](int64_t p) { return pair[std::min(p, left - 1)]; };
             float products[PAIRS];
             dots(
-                products, o.d, [&](int64_t p) { return x + pairs.query(some(p)) * width; },
+                products, o.d, [&](int64_t p) { return xs + pairs.query(some(p)) * width; },
                 [&](int64_t p) { return rows + pairs.row(some(p)) * o.d; });
             for (int64_t p = 0; p < PAIRS; ++p) out[some(p).with] = t * products[p];
             return std::min(PAIRS, left);
@@ -215,8 +206,8 @@ void add_parts(float* sums, const float* parts, int64_t count, int64_t rows, int
         store(sums + j, load(sums + j) + load(parts + part * rows * width + j));
 }
 
-template <class Q, class B>
-void sums_in_order_of_index(const Operands<Q, B>& o, const float* grad, float* sums) {
+template <class T>
+void sums_in_order_of_index(const Gathered<T>& o, const float* grad, float* sums) {
   const Pieces pieces(o.n, o.k);
   const int64_t width = o.width();
   const Scratch memory(size_t(pieces.count * width) * 4);
@@ -228,7 +219,7 @@ void sums_in_order_of_index(const Operands<Q, B>& o, const float* grad, float* s
     float* total = parts + piece * width;
     std::fill_n(total, width, 0.0f);
     for_rows(o.bank, o.index + pieces.place(piece), pieces.columns(piece), o.d,
-             [&](int64_t c, const B* row) {
+             [&](int64_t c, const T* row) {
                add_run(total, 1, o.d, [&](int64_t) { return row; }, [&](int64_t) { return g[c]; });
              });
   }
@@ -237,8 +228,8 @@ void sums_in_order_of_index(const Operands<Q, B>& o, const float* grad, float* s
     add_parts(sums + i * width, parts + i * pieces.of_query * width, pieces.of_query, 1, width, 1);
 }
 
-template <class Q, class B>
-void sums_in_order_of_bank(const Operands<Q, B>& o, const float* grad, float* sums) {
+template <class T>
+void sums_in_order_of_bank(const Gathered<T>& o, const float* grad, float* sums) {
   const BankOrder order = o.order();
   const int64_t width = o.width();
   for (int64_t g = 0; g < order.groups; ++g) {
@@ -250,7 +241,7 @@ void sums_in_order_of_bank(const Operands<Q, B>& o, const float* grad, float* su
 #pragma omp parallel for num_threads(o.threads) schedule(dynamic) if (o.threads > 1)
     for (int64_t range = 0; range < order.ranges; ++range) {
       const NoSubnormals fast;
-      const B* rows = o.row(order.row0(range));
+      const T* rows = o.row(order.row0(range));
       float* total = parts + range * size;
       std::fill_n(total, size, 0.0f);
       pairs.for_blocks(
@@ -274,9 +265,16 @@ void sums_in_order_of_bank(const Operands<Q, B>& o, const float* grad, float* su
 void bank_scores_forward(const void* query, const void* bank, const int64_t* index,
                          const float* scale, float* scores, int64_t n, int64_t k, int64_t m,
                          int64_t d, int dtype, int bank_dtype, int threads) {
-  with_operands(query, bank, index, n, k, m, d, dtype, bank_dtype, threads, [&](const auto& o) {
-    o.order().pays() ? scores_in_order_of_bank(o, *scale, scores)
-                     : scores_in_order_of_index(o, *scale, scores);
+  const int64_t width = padded(d);
+  const Scratch memory(size_t(n * width) * 4);
+  float* x = memory.as<float>();
+  with_type(dtype, [&](auto* type) {
+    const auto* q = static_cast<decltype(type)>(const_cast<void*>(query));
+    for (int64_t i = 0; i < n; ++i) widen(q + i * d, x + i * width, d);
+  });
+  with_gathered(bank, index, n, k, m, d, bank_dtype, threads, [&](const auto& o) {
+    o.order().pays() ? scores_in_order_of_bank(o, x, *scale, scores)
+                     : scores_in_order_of_index(o, x, *scale, scores);
   });
 }
 
@@ -284,25 +282,25 @@ void bank_scores_backward(const float* grad, const void* query, const void* bank
                           const int64_t* index, const float* scale, void* grad_query,
                           float* grad_scale, int64_t n, int64_t k, int64_t m, int64_t d, int dtype,
                           int bank_dtype, int threads) {
-  std::vector<double> products(size_t(n), 0.0);
-  with_operands(query, bank, index, n, k, m, d, dtype, bank_dtype, threads, [&](const auto& o) {
-    const int64_t width = o.width();
-    const Scratch memory(size_t(n * width) * 4);
-    float* sums = memory.as<float>();
-    std::fill_n(sums, n * width, 0.0f);
+  const int64_t width = padded(d);
+  const Scratch memory(size_t(n * width) * 4);
+  float* sums = memory.as<float>();
+  std::fill_n(sums, n * width, 0.0f);
+  with_gathered(bank, index, n, k, m, d, bank_dtype, threads, [&](const auto& o) {
     o.order().pays() ? sums_in_order_of_bank(o, grad, sums) : sums_in_order_of_index(o, grad, sums);
-    using Q = std::remove_const_t<std::remove_pointer_t<decltype(o.query)>>;
-    Q* dq = static_cast<Q*>(grad_query);
+  });
+  double product = 0;
+  with_type(dtype, [&](auto* type) {
+    const auto* q = static_cast<decltype(type)>(const_cast<void*>(query));
+    auto* dq = static_cast<decltype(type)>(grad_query);
     for (int64_t i = 0; i < n; ++i) {
       const float* total = sums + i * width;
-      products[size_t(i)] = dot(total, o.query + i * d, d);
+      product += dot(total, q + i * d, d);
       for (int64_t j = 0; j < d; j += LANES)
         store(dq + i * d + j, load(total + j) * broadcast(*scale), d - j);
     }
   });
-  double total = 0;
-  for (double product : products) total += product;
-  *grad_scale = float(total);
+  *grad_scale = float(product);
 }
 
 }  // namespace fastcl

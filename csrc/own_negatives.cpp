@@ -23,8 +23,6 @@ namespace {
 constexpr float NORM_FLOOR = 1e-12f;
 constexpr int64_t PARALLEL = 1 << 15;  // multiply-adds below which one thread is faster
 
-int64_t padded(int64_t d) { return (d + LANES - 1) / LANES * LANES; }
-
 // x (D padded,) = q / max(‖q‖, floor); returns the divisor.
 template <class T>
 float unit(const T* q, float* x, int64_t d, bool normalize) {

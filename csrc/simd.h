@@ -31,6 +31,8 @@ namespace fastcl {
 
 constexpr int LANES = FASTCL_VECTOR_BYTES / 4;
 
+inline int64_t padded(int64_t d) { return (d + LANES - 1) / LANES * LANES; }  // to whole vectors
+
 typedef float F __attribute__((vector_size(FASTCL_VECTOR_BYTES)));
 typedef int32_t I __attribute__((vector_size(FASTCL_VECTOR_BYTES)));
 typedef uint16_t H __attribute__((vector_size(FASTCL_VECTOR_BYTES / 2)));

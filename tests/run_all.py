@@ -74,10 +74,13 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         started = time.monotonic()
+        # Cores are shared. Hundreds of processes import torch: the first keep its bytecode.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         process = subprocess.run(
             [sys.executable, *arguments, f"--junitxml={report}", *flags],
             cwd=ROOT,
-            env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment},  # cores are shared
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if capture else None,
             stderr=subprocess.STDOUT if capture else None,

@@ -102,11 +102,15 @@ define check_compiler
 endef
 
 # --no-compile: bytecode is written when a module is first imported; most of these never are.
+# The kernels are compiled while pip looks for packages; its own build then finds nothing to do, or
+# says why it fails.
 $(INSTALLED): pyproject.toml setup.py | $(PY)
 	$(check_compiler)
 	@echo "Installing fastcl[$(EXTRAS)] into $(VENV): the first time some minutes, most of them torch's"
 	$(PIP) install $(BUILD_REQUIRES)
-	FASTCL_REQUIRE_COMPILER=1 $(PIP) install --no-compile --no-build-isolation -e ".[$(EXTRAS)]"
+	@FASTCL_REQUIRE_COMPILER=1 $(PY) setup.py -q build_ext --inplace >/dev/null 2>&1 & \
+	    FASTCL_REQUIRE_COMPILER=1 $(PIP) install --no-compile --no-build-isolation -e ".[$(EXTRAS)]"; \
+	    status=$$?; wait; exit $$status
 	@touch $@
 
 $(KERNELS): setup.py $(wildcard csrc/*) | $(INSTALLED)

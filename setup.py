@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -115,7 +117,8 @@ class BuildKernels(build_ext):
             self.isas = {isa: flags for isa, flags in wanted.items() if accepts(compiler, flags)}
             if "baseline" not in self.isas:
                 raise RuntimeError(f"{compiler} does not compile an empty file")
-            self.compile_with(compiler)
+            with locked(self.build_folder()):
+                self.compile_with(compiler)
             record = {"compiler": version_of(compiler), "isas": list(self.isas)}
         except (RuntimeError, ImportError, OSError) as error:
             required = os.environ.get("FASTCL_REQUIRE_COMPILER") == "1"
@@ -143,14 +146,18 @@ class BuildKernels(build_ext):
     def modules(self) -> list[Path]:
         return [self.target(isa + SUFFIX) for isa in self.isas]
 
-    def compile_with(self, compiler: str) -> None:
-        import pybind11
-
+    def build_folder(self) -> Path:
         # pip gives an editable install a new temporary folder each time; a lasting one lets ninja
         # compile only what changed.
         lasting = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
-        build = lasting if self.inplace else Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        folder = lasting if self.inplace else Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def compile_with(self, compiler: str) -> None:
+        import pybind11
+
+        build = self.build_folder()
         includes = [python_headers(), pybind11.get_include()]
         common = [*COMPILE, *(f"-isystem{path}" for path in includes)]
         own_last = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -188,6 +195,16 @@ class BuildKernels(build_ext):
 
     def get_outputs(self) -> list[str]:
         return [str(module) for module in self.modules()]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder: `make` begins one that pip then comes to."""
+    import fcntl
+
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def version_of(compiler: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -21,17 +22,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def build_in_place(checkout: Path, source: str, **variables: str) -> subprocess.CompletedProcess:
+def begin_build(checkout: Path, source: str, **variables: str) -> subprocess.Popen[str]:
     (checkout / "csrc").mkdir(exist_ok=True)
     (checkout / "csrc" / "one.cpp").write_text(source)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTCL_")}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=checkout,
         env=environment | {"FASTCL_BUILD_ISAS": "baseline"} | variables,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def build_in_place(
+    checkout: Path, source: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    process = begin_build(checkout, source, **variables)
+    output = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
 
 @pytest.fixture
@@ -45,7 +55,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def kernels(checkout: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (checkout / "fastcl" / "_C").iterdir()}
+    return {path.name: path.read_bytes() for path in (checkout / "fastcl" / "_C").glob("*")}
 
 
 @pytest.mark.parametrize("required", ["0", "1"])
@@ -77,3 +87,16 @@ def test_first_build_that_fails_is_no_error_unless_it_must_not(checkout: Path) -
     assert may.returncode == 0, may.stderr
     record = json.loads(kernels(checkout)["_build.json"])
     assert record["isas"] == [] and "one.cpp" in record["error"]
+
+
+def test_one_build_waits_for_another(checkout: Path) -> None:
+    folder = checkout / "build" / f"editable-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build = begin_build(checkout, "int one() { return 1; }\n")
+        with pytest.raises(subprocess.TimeoutExpired):
+            build.wait(5)
+        assert kernels(checkout) == {}
+    assert build.communicate() is not None and build.returncode == 0
+    assert len(kernels(checkout)) == 2

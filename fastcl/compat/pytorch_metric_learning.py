@@ -20,7 +20,8 @@ Quirks kept: at most one positive and one negative pair in all give 0. SupConLos
 whose loss is above 0, and what vanishes in the inputs' precision counts as 0 (see _vanished).
 CrossBatchMemory writes a batch before it is compared, leaves out a row's own slot, except that of
 a batch of one row, which finds itself; its position is not in its state dict.
-Differs from it: NTXentLoss is not cut at −log of the smallest number (87 in float32).
+Differs from it: NTXentLoss is not cut at −log of the smallest number (87 in float32); inputs in
+half precision are computed with in float32, and the losses rounded.
 Source: https://github.com/KevinMusgrave/pytorch-metric-learning.
 """
 
@@ -246,12 +247,20 @@ def _compute_loss(
     self: Any, theirs: Any, formula: Any, z: Tensor, labels: Any, pairs: Any, ref: Any, refs: Any
 ) -> Any:
     """compute_loss of both losses: `formula` for all pairs, or what is theirs."""
-    why = "pairs are given, by a miner or a wrapper"
-    if pairs is None or isinstance(pairs, AllPairs):
-        why = cannot_fuse(self, z, labels, ref, refs) or ""
-    if why:
-        say_once(f"fastcl.compat.pytorch_metric_learning.{type(self).__name__}", why)
-        return theirs(z, labels, pairs, ref, refs)
+    given = pairs is not None and not isinstance(pairs, AllPairs)
+    why = cannot_fuse(self, z, labels, ref, refs)
+    if given or why:
+        reason = why or "pairs are given, by a miner or a wrapper"
+        say_once(f"fastcl.compat.pytorch_metric_learning.{type(self).__name__}", reason)
+        if why:
+            return theirs(z, labels, pairs, ref, refs)
+        # In the same precision as all pairs, so that who gives them all has the same loss.
+        x = in_float(z)
+        result = theirs(x, labels, pairs, x if ref is z else in_float(ref), refs)
+        losses = result["loss"]["losses"]
+        if isinstance(losses, Tensor):  # not the 0 of no pairs
+            result["loss"]["losses"] = as_their_dtype(losses, z, ref, on_cpu="autocast")
+        return result
     same_labels = refs is labels
     own = torch.arange(len(z), device=z.device) if pairs is None and same_labels else None
     if pairs is not None:

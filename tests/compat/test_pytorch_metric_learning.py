@@ -15,6 +15,7 @@ from fastcl.compat import pytorch_metric_learning as ours
 pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 NAMES = ["NTXentLoss", "SupConLoss"]
@@ -146,6 +147,19 @@ def test_miners_run_the_librarys_code(compare, draw, name):
         pair = compare(*both(name, 0.5), torch.float64, fused=False)
         pair.step(lambda loss, x: loss(x, labels, miner(x, labels)), (draw(12, 7),))
         pair.step(lambda loss, x: loss(x, indices_tuple=miner(x, labels)), (draw(12, 7),))
+
+
+@pytest.mark.filterwarnings("ignore::fastcl.compat.FallbackWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_all_pairs_in_half_precision_have_one_loss_whoever_gives_them(draw, name, dtype):
+    labels = torch.tensor(LABELS["few"])
+    for scale in (0.1, 1, 10, 100):
+        x, loss = (scale * draw(12, 7)).to(dtype), getattr(ours, name)(0.07)
+        pairs = get_all_pairs_indices(labels)
+        expected, result = loss(x, labels, pairs), loss(x, labels)
+        assert result.dtype == expected.dtype == getattr(losses, name)(0.07)(x, labels).dtype
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

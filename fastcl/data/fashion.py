@@ -66,7 +66,7 @@ def colour(grey: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
         alpha = _place(grey[part], flip[part], shift[part]).astype(np.uint16)
-        alpha += alpha >> 7  # 0 … 255 -> 0 … 256, so that a shift divides
+        alpha += alpha >> np.uint16(7)  # 0 … 255 -> 0 … 256, so that a shift divides
         background, foreground = tones[part, 0, :, None, None], tones[part, 1, :, None, None]
         image = foreground * alpha[:, None]
         image += background * (256 - alpha[:, None])

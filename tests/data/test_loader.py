@@ -124,7 +124,8 @@ def test_unreadable_files_are_replaced_and_reported(files, recipe, tmp_path, wor
     loader = Loader(split, recipe, batch_size=4, workers=workers)
     with pytest.warns(UserWarning, match=r"unreadable image: .*broken\.png") as warned:
         indices = torch.cat([batch[2] for batch in loader])
-    assert len(warned) == 1 and list(split.unreadable) == [str(broken)]
+    said = [w for w in warned if w.category is not DeprecationWarning]  # Python 3.12's, of fork()
+    assert len(said) == 1 and list(split.unreadable) == [str(broken)]
     assert sorted(indices.tolist()) == [0, 2, 2, *range(3, 12)]
     list(loader)  # the second epoch does not warn again
 

@@ -76,7 +76,7 @@ def test_memory_of_two_processes_is_near_the_models(record, loss):
         pytest.skip("this kernel does not tell peaks of memory")
     assert 0.8 < ring["peak"] / ring["model"]["peak"] < 1.5
     assert 0.8 < gather["peak"] / gather["model"]["peak"] < 1.8
-    assert ring["peak"] < gather["peak"]
+    assert ring["allocated"] < gather["allocated"]  # to the byte, where pages come and go
 
 
 def test_the_rate_is_that_of_one_rank(record):

@@ -5,8 +5,8 @@
 //
 // Bound by memory. Few pairs: a row of the bank is a random place, read once forward and once
 // backward, and asked for IN_FLIGHT bytes before it is needed. More pairs than rows: they go in the
-// order of the bank (bank_order.h), which is then read once a direction and thread. The gathered
-// (N, K, D) is never stored.
+// order of the bank (bank_order.h), which is then read once a direction and group of queries. The
+// gathered (N, K, D) is never stored.
 // Plain version: fastcl/reference/bank_scores.py. Triton twin: kernels/bank_scores.py.
 #include <algorithm>
 #include <stdexcept>

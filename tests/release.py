@@ -69,6 +69,13 @@ def build() -> Path:
     return wheel
 
 
+def copy_tests(to: Path) -> None:
+    for name in ("conftest.py", "golden", *TESTS):
+        source, copy = ROOT / "tests" / name, to / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
+
+
 def test_with(torch: str, wheel: Path) -> None:
     """The wheel in an environment with this release of torch."""
     folder = WORK / f"torch-{torch}"
@@ -77,11 +84,7 @@ def test_with(torch: str, wheel: Path) -> None:
     python = folder / "venv" / "bin" / "python"
     run(python, *PIP, "install", f"torch=={torch}")
     run(python, *PIP, "install", wheel, "pytest", "hypothesis", "mypy")
-    copies = folder / "tests"
-    copies.mkdir()
-    for name in ("conftest.py", "golden", *TESTS):
-        source = ROOT / "tests" / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, copies / name)
+    copy_tests(folder / "tests")
     run(python, "-c", INSTALLED, torch, wheel.name.split("-")[1], cwd=folder)
     run(python, "-m", "pytest", "-p", "no:cacheprovider", *("-k", CHOSEN), "tests", cwd=folder)
     shutil.rmtree(folder)

@@ -20,6 +20,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import release
 
 ROOT = Path(__file__).parents[2]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -304,6 +305,14 @@ def test_version_is_the_same_wherever_it_is_said() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_the_tests_of_a_release_are_complete_by_themselves(tmp_path: Path) -> None:
+    release.copy_tests(tmp_path / "tests")
+    command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider")
+    found = subprocess.run((*command, "tests"), cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert all((tmp_path / "tests" / name).exists() for name in release.TESTS)
 
 
 def test_public_ci_does_what_ci_run_does() -> None:

@@ -270,6 +270,7 @@ void bank_scores_forward(const void* query, const void* bank, const int64_t* ind
   float* x = memory.as<float>();
   with_type(dtype, [&](auto* type) {
     const auto* q = static_cast<decltype(type)>(const_cast<void*>(query));
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * k * d > PARALLEL)
     for (int64_t i = 0; i < n; ++i) widen(q + i * d, x + i * width, d);
   });
   with_gathered(bank, index, n, k, m, d, bank_dtype, threads, [&](const auto& o) {
@@ -289,17 +290,20 @@ void bank_scores_backward(const float* grad, const void* query, const void* bank
   with_gathered(bank, index, n, k, m, d, bank_dtype, threads, [&](const auto& o) {
     o.order().pays() ? sums_in_order_of_bank(o, grad, sums) : sums_in_order_of_index(o, grad, sums);
   });
-  double product = 0;
+  std::vector<double> products(size_t(n), 0.0);
   with_type(dtype, [&](auto* type) {
     const auto* q = static_cast<decltype(type)>(const_cast<void*>(query));
     auto* dq = static_cast<decltype(type)>(grad_query);
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * k * d > PARALLEL)
     for (int64_t i = 0; i < n; ++i) {
       const float* total = sums + i * width;
-      product += dot(total, q + i * d, d);
+      products[size_t(i)] = dot(total, q + i * d, d);
       for (int64_t j = 0; j < d; j += LANES)
         store(dq + i * d + j, load(total + j) * broadcast(*scale), d - j);
     }
   });
+  double product = 0;
+  for (double of_query : products) product += of_query;
   *grad_scale = float(product);
 }
 

@@ -71,6 +71,8 @@ void label_similarity_forward(const void* z, const int64_t* labels, float* mean,
   float* inverse = memory.as<float>();
   with_type(dtype, [&](auto* type) {
     const auto* x = static_cast<decltype(type)>(const_cast<void*>(z));
+    // clang 14 loses what a lambda in a parallel region captures twice
+    const bool unit = normalize;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (n * d > PARALLEL)
     for (int64_t g = 0; g < groups.count(); ++g) {
       const int64_t* row = &groups.row[size_t(groups.begin[size_t(g)])];
@@ -78,7 +80,7 @@ void label_similarity_forward(const void* z, const int64_t* labels, float* mean,
       const Scratch sums(size_t(d) * 4);
       float* total = sums.as<float>();
       add_up(x, row, count, d, total, inverse,
-             [&](int64_t i) { return inverse_norm(x + i * d, d, normalize); });
+             [&](int64_t i) { return inverse_norm(x + i * d, d, unit); });
       for (int64_t j = 0; j < count; ++j) {
         const int64_t i = row[j], at = i * d;
         const F a = broadcast(-inverse[i]);

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("backend")
     [
         (1, 1, 1, 1),
         (5, 33, 40, 100),
-        (17, 129, 300, 64),  # more pairs than rows, which are one block of the bank
+        (17, 129, 300, 64),  # more pairs than rows: ranges of a few rows each
         (7, 50, 300, 129),  # fewer
         (3, 2100, 8000, 64),  # pieces of a query
         (6, 7000, 20000, 250),  # ranges of the bank of several blocks
@@ -45,7 +45,8 @@ def test_matches_the_float64_formula(n: int, k: int, m: int, d: int, dtype: torc
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "m", "d"), [(40, 257, 3000, 100), (3, 2100, 8000, 64), (700, 17, 300, 250)]
+    ("n", "k", "m", "d"),
+    [(40, 257, 3000, 100), (3, 2100, 8000, 64), (6, 7000, 20000, 250), (700, 17, 300, 250)],
 )
 def test_same_bits_for_any_number_of_threads(
     assert_same_bits, n: int, k: int, m: int, d: int

@@ -95,13 +95,28 @@ struct Pass {
   }
 };
 
+// Memory that will be needed next, asked for while there is something else to do.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t bytes = 0;
+
+  Ahead part(int64_t i, int64_t parts) const {
+    const int64_t begin = bytes * i / parts, end = bytes * (i + 1) / parts;
+    return {at + begin, end - begin};
+  }
+  void ask() const {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);  // into L2
+  }
+};
+
 // use(strip, first row, rows, first column, end of columns) for every strip of s; `all` keeps them
-// all in s, else each overwrites the one before.
+// all in s, else each overwrites the one before. `ahead` is asked for a little before every tile.
 template <bool PAIRED, class Use>
 inline void for_strips(const Pass& pass, const Block& q, const Block& k, float* s, bool all,
-                       Use use) {
+                       Use use, Ahead ahead = {}) {
   using Words = typename WordsOf<PAIRED>::type;
   const int64_t words = pass.query.words(), end = up(k.rows, NR);
+  const int64_t strips = (q.rows + MR - 1) / MR;
   const bool diagonal = pass.diagonal(q, k);
   Mask mask;
   mask.upper = diagonal, mask.columns = k.rows;
@@ -115,10 +130,11 @@ inline void for_strips(const Pass& pass, const Block& q, const Block& k, float* 
       float* strip = s + (all || words > DEPTH_MAX ? r * W_ROW : 0);
       const int64_t begin = diagonal ? r / NR * NR : 0, rows = std::min<int64_t>(MR, q.rows - r);
       for (int64_t c = begin; c < end; c += NR) {
+        if (last) ahead.part((r / MR * end + c) / NR, strips * end / NR).ask();
         Finish finish{depth > 0};
         if (PAIRED && last)
           finish.row_factor = q.factor + r, finish.column_factor = k.right_factor + c;
-        tile<Words, NR, 1, 2>(q.left + (depth / NR * pass.query.block + r) * NR, NR,
+        tile<Words, NR, 1, 2>(rows, q.left + (depth / NR * pass.query.block + r) * NR, NR,
                               pass.query.block * NR, k.right + c * words + depth * NR, count,
                               strip + c, W_ROW, finish);
       }
@@ -161,34 +177,36 @@ inline void merge(Sums total, Sums part, int64_t count, float* old_factor = null
 // the workspace as A of a product.
 template <bool PAIRED, bool COLUMNS, bool KEEP>
 inline void forward_pair(const Pass& pass, const Block& q, const Block& k, const Workspace& work,
-                         Sums rows, Sums columns) {
+                         Sums rows, Sums columns, Ahead ahead = {}) {
   const bool bounded = pass.bounded(q, k);
   if (COLUMNS) {
     clear(columns, pass.key.block);
     if (bounded) std::fill_n(columns.maximum, pass.key.block, 0.0f);
   }
-  for_strips<PAIRED>(pass, q, k, work.s, KEEP && !PAIRED,
-                     [&](float* s, int64_t r0, int64_t count, int64_t begin, int64_t end) {
-                       const auto sum = [&](auto bound, auto group, int64_t r) {
-                         sum_rows<group(), bound(), COLUMNS, KEEP>(s + r * W_ROW, W_ROW, begin, end,
-                                                                   rows + (r0 + r), columns);
-                       };
-                       constexpr std::integral_constant<int, GROUP> six{};
-                       constexpr std::integral_constant<int, 1> one{};
-                       if (bounded)
-                         in_groups(
-                             count, [&](int64_t r) { sum(std::true_type{}, six, r); },
-                             [&](int64_t r) { sum(std::true_type{}, one, r); });
-                       else
-                         in_groups(
-                             count, [&](int64_t r) { sum(std::false_type{}, six, r); },
-                             [&](int64_t r) { sum(std::false_type{}, one, r); });
+  for_strips<PAIRED>(
+      pass, q, k, work.s, KEEP && !PAIRED,
+      [&](float* s, int64_t r0, int64_t count, int64_t begin, int64_t end) {
+        const auto sum = [&](auto bound, auto group, int64_t r) {
+          sum_rows<group(), bound(), COLUMNS, KEEP>(s + r * W_ROW, W_ROW, begin, end,
+                                                    rows + (r0 + r), columns);
+        };
+        constexpr std::integral_constant<int, GROUP> six{};
+        constexpr std::integral_constant<int, 1> one{};
+        if (bounded)
+          in_groups(
+              count, [&](int64_t r) { sum(std::true_type{}, six, r); },
+              [&](int64_t r) { sum(std::true_type{}, one, r); });
+        else
+          in_groups(
+              count, [&](int64_t r) { sum(std::false_type{}, six, r); },
+              [&](int64_t r) { sum(std::false_type{}, one, r); });
 #if defined(__AVX512BF16__)
-                       if (KEEP && PAIRED)
-                         pack_rows(s, W_ROW, count, begin, end, k.factor,
-                                   work.w_rows + r0 * (W_ROW / 2), W_ROW / 2);
+        if (KEEP && PAIRED)
+          pack_rows(s, W_ROW, count, begin, end, k.factor, work.w_rows + r0 * (W_ROW / 2),
+                    W_ROW / 2);
 #endif
-                     });
+      },
+      ahead);
 }
 
 // A strip of W in the layouts that times_keys and times_queries read; floats are there already.

@@ -42,16 +42,16 @@ struct Finish {
 };
 
 // A's words come in chunks of `chunk` along k; from one chunk to the next a advances by `jump`.
-template <class Words, int64_t ROW, int64_t STEP, int VECTORS>
-inline void tile(const float* a, int64_t chunk, int64_t jump, const float* b, int64_t k_end,
-                 float* c, int64_t c_row, Finish finish) {
-  F acc[MR][VECTORS];
+template <class Words, int64_t ROW, int64_t STEP, int VECTORS, int ROWS>
+inline void tile_of(const float* a, int64_t chunk, int64_t jump, const float* b, int64_t k_end,
+                    float* c, int64_t c_row, Finish finish) {
+  F acc[ROWS][VECTORS];
 #pragma GCC unroll 12
-  for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) acc[i][v] = F{};
   if (finish.add)  // C comes from beyond L2 when rows are long; it has the whole loop to arrive
-    for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < ROWS; ++i)
       for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(c + i * c_row + v * LANES, 1);
   for (int64_t k0 = 0; k0 < k_end; k0 += chunk, a += jump) {
     const int64_t count = std::min(chunk, k_end - k0);
@@ -62,7 +62,7 @@ inline void tile(const float* a, int64_t chunk, int64_t jump, const float* b, in
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) row[v] = load(b + v * LANES);
 #pragma GCC unroll 12
-      for (int i = 0; i < MR; ++i) {
+      for (int i = 0; i < ROWS; ++i) {
         const F x = broadcast(word[i * ROW]);
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) acc[i][v] = Words::multiply_add(x, row[v], acc[i][v]);
@@ -70,7 +70,7 @@ inline void tile(const float* a, int64_t chunk, int64_t jump, const float* b, in
     }
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
       float* out = c + i * c_row + v * LANES;
@@ -80,6 +80,17 @@ inline void tile(const float* a, int64_t chunk, int64_t jump, const float* b, in
         x *= broadcast(finish.row_factor[i]) * load(finish.column_factor + v * LANES);
       store(out, x);
     }
+}
+
+// A tile that holds `rows` rows: a third of the registers, two, or all of them.
+template <class Words, int64_t ROW, int64_t STEP, int VECTORS, class... Arguments>
+inline void tile(int64_t rows, Arguments... arguments) {
+  if (rows > 2 * MR / 3)
+    tile_of<Words, ROW, STEP, VECTORS, MR>(arguments...);
+  else if (rows > MR / 3)
+    tile_of<Words, ROW, STEP, VECTORS, 2 * MR / 3>(arguments...);
+  else
+    tile_of<Words, ROW, STEP, VECTORS, MR / 3>(arguments...);
 }
 
 // The part [begin, end) of the summed dimension that a strip of rows needs, in words.
@@ -106,9 +117,11 @@ inline void multiply(const float* a, const float* b, int64_t b_rows, float* c, i
         float* out = c + (panel * c_rows + r) * NR;
         const Finish finish{add || begin > whole.begin};
         if (columns - panel * NR > LANES)
-          tile<Words, ROW, STEP, 2>(strip, DEPTH, 0, values, end - begin, out, NR, finish);
+          tile<Words, ROW, STEP, 2>(rows - r, strip, DEPTH, 0, values, end - begin, out, NR,
+                                    finish);
         else
-          tile<Words, ROW, STEP, 1>(strip, DEPTH, 0, values, end - begin, out, NR, finish);
+          tile<Words, ROW, STEP, 1>(rows - r, strip, DEPTH, 0, values, end - begin, out, NR,
+                                    finish);
       }
 }
 

@@ -47,14 +47,15 @@ void sinkhorn_forward(const void* scores,  // (N, K)
 void soft_cross_entropy_forward(const void* logits,   // (N, K)
                                 const void* targets,  // (N, K)
                                 float scale,
-                                float* loss,  // (N,)
-                                float* lse,   // (N,)
-                                float* mass,  // (N,)
+                                double share,  // of a row in loss (); 0: a loss for each row
+                                float* loss,   // (N,), or () with share
+                                float* lse,    // (N,)
+                                float* mass,   // (N,)
                                 int64_t n, int64_t k, int dtype, int target_dtype, int threads);
-void soft_cross_entropy_backward(const float* grad,    // (N,)
+void soft_cross_entropy_backward(const float* grad,    // (N,), or () with share
                                  const void* logits,   // (N, K)
                                  const void* targets,  // (N, K)
-                                 float scale,
+                                 float scale, double share,
                                  const float* lse,   // (N,)
                                  const float* mass,  // (N,)
                                  void* grad_logits,  // (N, K)

@@ -79,11 +79,12 @@ void forward(const T* query, const T* key, float scale, const int64_t* query_ids
   const Means means(pass.query, MEAN);
   Turns row_turns(pass.query.blocks()), column_turns(pass.key.blocks());
 
-  const auto run = [&](const Workspace& work, const BlockPair& pair, const Block& k) {
+  const auto run = [&](const Workspace& work, const BlockPair& pair, const Block& k,
+                       Ahead ahead = {}) {
     const Sums row = block_sums(work.sums), column = block_sums(work.sums + 2 * BLOCK_MAX);
     float *old = work.sums + 4 * BLOCK_MAX, *now = old + BLOCK_MAX;
     clear(row, pass.query.block);
-    forward_pair<PAIRED, COLUMNS, MEAN>(pass, q[pair.i], k, work, row, column);
+    forward_pair<PAIRED, COLUMNS, MEAN>(pass, q[pair.i], k, work, row, column, ahead);
     if (MEAN) times_keys<PAIRED>(pass, q[pair.i], k, work, work.mean, false);
     row_turns.wait(pair.i, pair.turn_i);
     merge(rows[q[pair.i].first], row, pass.query.block, old, now);
@@ -100,7 +101,13 @@ void forward(const T* query, const T* key, float scale, const int64_t* query_ids
       const Workspace work = workspaces[thread];
       const Block k =
           pack_block(pass.key, KEY_PARTS, key, j, pass.scale, work.packed, work.packing);
-      for (int64_t i = 0; i < pass.query.blocks(); ++i) run(work, {i, j, j, i}, k);
+      // The keys that this thread will probably pack next.
+      const int64_t next = std::min((j + threads) * pass.key.block, m);
+      const int64_t keys = std::min(pass.key.block, m - next);
+      const Ahead ahead{reinterpret_cast<const char*>(key + next * d),
+                        keys * d * int64_t(sizeof(T))};
+      for (int64_t i = 0; i < pass.query.blocks(); ++i)
+        run(work, {i, j, j, i}, k, ahead.part(i, pass.query.blocks()));
     });
   } else {
     const Rectangle rectangle{pass.query.blocks(), pass.key.blocks()};

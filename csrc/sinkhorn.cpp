@@ -30,6 +30,7 @@ namespace fastcl {
 namespace {
 
 constexpr int64_t TILE = 8;  // rows that share one look at the columns' maxima
+constexpr int GROUP = 4;     // rows that share one look at the columns' u and sums
 constexpr int64_t MAX_BLOCKS = 128;
 constexpr float LOWEST = -1e30f;  // below any score, and its products stay finite
 
@@ -55,6 +56,13 @@ float fraction_of(float x, int* power) {
   return 2 * f;
 }
 
+// Scores on their way to L2 while those before them are worked on: a core has more requests under
+// way to there than to L1.
+template <class T>
+void ask_for(const T* S) {
+  __builtin_prefetch(S, 0, 2);
+}
+
 // Down the columns of some rows: top_k = max_n S_nk c and total_k = Σ_n exp2(S_nk c − top_k).
 template <class T>
 void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float* total) {
@@ -64,8 +72,10 @@ void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float
     for (int64_t j = 0; j < k; j += LANES) {
       const T* s = S + i * k + j;
       F x[TILE], highest = broadcast(LOWEST);
-      for (int64_t r = 0; r < tile; ++r)
+      for (int64_t r = 0; r < tile; ++r) {
+        ask_for(s + (r + TILE) * k);
         x[r] = load(s + r * k, k - j), highest = max(highest, x[r]);
+      }
       const F old = load(top + j), m = max(old, highest * c.high);
       F sum = load(total + j) * exp2(old - m);
       for (int64_t r = 0; r < tile; ++r) sum += exp2(exponent(x[r], c, m));
@@ -74,29 +84,39 @@ void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float
   }
 }
 
-// y_k = exp2(S_k c − m_k − r) a_k along a row; returns their sum. FAR is for |r| that would cost
-// digits: m_k + r is then kept in two floats.
-template <bool FAR, class T>
-float row_weights(const T* S, const float* m, const float* a, Scale c, float r, float* y,
-                  int64_t k) {
-  F even{}, odd{};
-  auto weigh = [&](int64_t j, F s) {
-    F x;
+// y_ik = exp2(S_ik c − m_k − r_i) a_k for ROWS rows, `row` floats apart, and their sums R_i. FAR is
+// for |r_i| that would cost digits, where m_k + r_i is kept in two floats, and for any score: without
+// it a −∞, or an r_i far from its row's, comes out as an R_i of NaN, or of 2^127 and more.
+template <bool FAR, int ROWS, class T>
+void row_weights(const T* S, const float* m, const float* a, Scale c, const float* r, float* y,
+                 int64_t row, int64_t k, float* R) {
+  F total[ROWS];
+  for (int i = 0; i < ROWS; ++i) total[i] = F{};
+  const auto weigh = [&](int i, int64_t j, F s, F m_j, F a_j) {
+    F power;
     if constexpr (FAR) {
-      const F m_j = load(m + j), reference = m_j + r, of_r = reference - m_j;
-      x = exponent(s, c, reference) - ((m_j - (reference - of_r)) + (r - of_r));
+      const F reference = m_j + r[i], of_r = reference - m_j;
+      power = exp2(exponent(s, c, reference) - ((m_j - (reference - of_r)) + (r[i] - of_r)));
     } else {
-      x = exponent(s, c, load(m + j)) - r;
+      power = exp2_bounded(min(broadcast(127.0f), exponent(s, c, m_j) - r[i]));
     }
-    const F w = exp2(x) * load(a + j);
-    store(y + j, w);
-    return w;
+    const F w = power * a_j;
+    store(y + i * row + j, w);
+    total[i] += w;
   };
   int64_t j = 0;
-  for (; j + 2 * LANES <= k; j += 2 * LANES)
-    even += weigh(j, load(S + j)), odd += weigh(j + LANES, load(S + j + LANES));
-  for (; j < k; j += LANES) even += weigh(j, load(S + j, k - j, -INF));
-  return sum(even + odd);
+  for (; j + LANES <= k; j += LANES) {
+    const F m_j = load(m + j), a_j = load(a + j);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      ask_for(S + (i + ROWS) * k + j);
+      weigh(i, j, load(S + i * k + j), m_j, a_j);
+    }
+  }
+  if (j < k)
+    for (int i = 0; i < ROWS; ++i)
+      weigh(i, j, load(S + i * k + j, k - j, FAR ? -INF : LOWEST), load(m + j), load(a + j));
+  for (int i = 0; i < ROWS; ++i) R[i] = sum(total[i]);
 }
 
 template <class T>
@@ -105,6 +125,17 @@ float row_maximum(const T* S, const float* m, Scale c, int64_t k) {
   for (int64_t j = 0; j < k; j += LANES)
     top = max(top, exponent(load(S + j, k - j, -INF), c, load(m + j)));
   return max(top);
+}
+
+// q = v y
+inline void write_row(const float* y, float v, int64_t k, bool past_caches, float* q) {
+  int64_t j = 0;
+  if (past_caches) {
+    j = std::min(until_aligned(q), k);
+    if (j > 0) store(q, load(y) * v, j);
+    for (; j + LANES <= k; j += LANES) store_past_caches(q + j, load(y + j) * v);
+  }
+  for (; j < k; j += LANES) store(q + j, load(y + j, k - j) * v, k - j);
 }
 
 template <class T>
@@ -119,12 +150,12 @@ struct Sinkhorn {
       std::max<int64_t>(32, ((n + MAX_BLOCKS - 1) / MAX_BLOCKS + TILE - 1) / TILE * TILE);
   int64_t blocks = (n + block - 1) / block;
 
-  Scratch memory{sizeof(float) * size_t(width * (2 + threads + 2 * blocks) + n)};
-  float* m = memory.as<float>();            // (K,)
-  float* a = m + width;                     // (K,): u_k = a_k 2^−m_k
-  float* y = a + width;                     // (threads, K): a row
-  float* partial = y + width * threads;     // (blocks, 2, K) or (blocks, K): column sums
-  float* r = partial + 2 * width * blocks;  // (N,): v_n ≈ 2^−r_n
+  Scratch memory{sizeof(float) * size_t(width * (2 + GROUP * threads + 2 * blocks) + n)};
+  float* m = memory.as<float>();                 // (K,)
+  float* a = m + width;                          // (K,): u_k = a_k 2^−m_k
+  float* y = a + width;                          // (threads, GROUP, K): some rows
+  float* partial = y + width * GROUP * threads;  // (blocks, 2, K) or (blocks, K): column sums
+  float* r = partial + 2 * width * blocks;       // (N,): v_n ≈ 2^−r_n
 
   // f(first row, number of rows, block, thread) for all blocks. A thread's blocks are neighbours,
   // and every other sweep takes them backwards: the last ones are then still in the cache.
@@ -180,37 +211,54 @@ struct Sinkhorn {
     });
   }
 
-  // y of row i in the thread's buffer; returns its sum R_i, whose power of two joins r_i.
-  float weigh_row(int64_t i, float* y_i) {
+  // y (ROWS, K) of rows from i on, and their sums R, whose powers of two join r.
+  template <int ROWS>
+  void weigh(int64_t i, float* y_i, float* R) {
     const T* S_i = S + i * k;
-    auto weights = [&](auto far) {
-      return row_weights<decltype(far)::value>(S_i, m, a, c, r[i], y_i, k);
-    };
-    float R = std::fabs(r[i]) < 16 ? weights(std::false_type{}) : weights(std::true_type{});
-    if (!(R > 0x1p-30f && R < 0x1p100f)) {  // also when R is NaN, which then stays
-      r[i] = row_maximum(S_i, m, c, k);
-      R = weights(std::true_type{});
+    const bool far =
+        std::any_of(r + i, r + i + ROWS, [](float r_i) { return !(std::fabs(r_i) < 16); });
+    const auto weights = far ? row_weights<true, ROWS, T> : row_weights<false, ROWS, T>;
+    weights(S_i, m, a, c, r + i, y_i, width, k, R);
+    for (int of = 0; of < ROWS; ++of, ++i, S_i += k, y_i += width, ++R) {
+      if (!(*R > 0x1p-30f && *R < 0x1p100f)) {  // also when R is NaN, which may then stay
+        r[i] = row_maximum(S_i, m, c, k);
+        row_weights<true, 1>(S_i, m, a, c, r + i, y_i, width, k, R);
+      }
+      int power;
+      fraction_of(*R, &power);
+      r[i] += float(power);
     }
-    int power;
-    fraction_of(R, &power);
-    r[i] += float(power);
-    return R;
+  }
+
+  // use(group, i, y, v) for the rows of a block in groups: y (group, K) of rows from i on, and 1 / R.
+  template <class Use>
+  void for_groups(int64_t row, int64_t rows, int64_t thread, Use use) {
+    float* y_i = &y[thread * GROUP * width];
+    const auto run = [&](auto group, int64_t i) {
+      float v[group()];
+      weigh<group()>(i, y_i, v);
+      for (float& x : v) x = 1 / x;
+      use(group, i, y_i, v);
+    };
+    int64_t i = row;
+    for (; i + GROUP <= row + rows; i += GROUP) run(std::integral_constant<int, GROUP>{}, i);
+    for (; i < row + rows; ++i) run(std::integral_constant<int, 1>{}, i);
   }
 
   // v from u and at once u from v
   void rows_and_columns(bool backwards) {
     sweep(backwards, [&](int64_t row, int64_t rows, int64_t b, int64_t thread) {
       float* C = &partial[b * width];
-      float* y_i = &y[thread * width];
       std::fill_n(C, width, 0.0f);
-      for (int64_t i = row; i < row + rows; ++i) {
-        const F v = broadcast(1 / weigh_row(i, y_i));
-        const T* next = S + (i + 1) * k;  // its way to the cache overlaps with this loop
+      const auto add = [&](auto group, int64_t, const float* y_i, const float* v) {
         for (int64_t j = 0; j < k; j += LANES) {
-          __builtin_prefetch(next + j);
-          store(C + j, fma(load(y_i + j), v, load(C + j)));
+          F total = load(C + j);
+          for (int of = 0; of < group(); ++of)
+            total = fma(load(y_i + of * width + j), broadcast(v[of]), total);
+          store(C + j, total);
         }
-      }
+      };
+      for_groups(row, rows, thread, add);
     });
     for_columns([&](int64_t j) {
       F C{};
@@ -222,25 +270,11 @@ struct Sinkhorn {
   void write_codes(bool backwards, float* codes) {
     const bool past_caches = n * k * int64_t(sizeof(float)) > PAST_CACHES_BYTES;
     sweep(backwards, [&](int64_t row, int64_t rows, int64_t, int64_t thread) {
-      float* y_i = &y[thread * width];
-      for (int64_t i = row; i < row + rows; ++i) {
-        const F v = broadcast(1 / weigh_row(i, y_i));
-        const T* next = S + (i + 1) * k;
-        float* q = codes + i * k;
-        int64_t j = 0;
-        if (past_caches) {
-          j = std::min(until_aligned(q), k);
-          store(q, load(y_i) * v, j);
-          for (; j + LANES <= k; j += LANES) {
-            __builtin_prefetch(next + j);
-            store_past_caches(q + j, load(y_i + j) * v);
-          }
-        }
-        for (; j < k; j += LANES) {
-          __builtin_prefetch(next + j);
-          store(q + j, load(y_i + j, k - j) * v, k - j);
-        }
-      }
+      const auto write = [&](auto group, int64_t i, const float* y_i, const float* v) {
+        for (int of = 0; of < group(); ++of)
+          write_row(y_i + of * width, v[of], k, past_caches, codes + (i + of) * k);
+      };
+      for_groups(row, rows, thread, write);
       after_stores_past_caches();
     });
   }

@@ -33,13 +33,14 @@ void with_types(int logit_dtype, int target_dtype, Function f) {
 
 }  // namespace
 
-void soft_cross_entropy_forward(const void* logits, const void* targets, float scale, float* loss,
-                                float* lse, float* mass, int64_t n, int64_t k, int dtype,
-                                int target_dtype, int threads) {
+void soft_cross_entropy_forward(const void* logits, const void* targets, float scale, double share,
+                                float* loss, float* lse, float* mass, int64_t n, int64_t k,
+                                int dtype, int target_dtype, int threads) {
   const int64_t pieces = std::max<int64_t>(1, (k + PIECE - 1) / PIECE);
   const float scale2 = float(scale * soft::LOG2E_);
-  const Scratch memory(sizeof(soft::Sums<double>) * size_t(n * pieces));
-  auto* part = memory.as<soft::Sums<double>>();
+  const Scratch memory((sizeof(soft::Sums<double>) * size_t(pieces) + sizeof(double)) * size_t(n));
+  auto* part = memory.as<soft::Sums<double>>();                 // (N, pieces)
+  auto* losses = reinterpret_cast<double*>(part + n * pieces);  // (N,)
   with_types(dtype, target_dtype, [&](auto* logit, auto* target) {
     const auto* x = static_cast<decltype(logit)>(const_cast<void*>(logits));
     const auto* y = static_cast<decltype(target)>(const_cast<void*>(targets));
@@ -58,16 +59,21 @@ void soft_cross_entropy_forward(const void* logits, const void* targets, float s
     soft::Sums<double> row = part[i * pieces];
     for (int64_t j = 1; j < pieces; ++j) row = soft::together(row, part[i * pieces + j]);
     const double log2_sum = std::log2(row.exponentials);
-    loss[i] = float(soft::LN2_ * (row.mass * log2_sum - row.products));
+    losses[i] = soft::LN2_ * (row.mass * log2_sum - row.products);
     lse[i] = float(soft::LN2_ * (row.top + log2_sum));
     mass[i] = float(row.mass);
   }
+  if (share == 0)
+    std::copy_n(losses, n, loss);
+  else
+    *loss = float(share * std::accumulate(losses, losses + n, 0.0));
 }
 
 void soft_cross_entropy_backward(const float* grad, const void* logits, const void* targets,
-                                 float scale, const float* lse, const float* mass,
+                                 float scale, double share, const float* lse, const float* mass,
                                  void* grad_logits, float* grad_scale, int64_t n, int64_t k,
                                  int dtype, int target_dtype, int threads) {
+  const auto grad_of = [&](int64_t row) { return share == 0 ? grad[row] : float(share * *grad); };
   const int64_t pieces = std::max<int64_t>(1, (k + PIECE - 1) / PIECE);
   const float scale2 = float(scale * soft::LOG2E_);
   const Scratch memory(sizeof(double) * size_t(n * (pieces + 1)));
@@ -92,10 +98,10 @@ void soft_cross_entropy_backward(const float* grad, const void* logits, const vo
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < n * pieces; ++i) {
         const int64_t row = i / pieces, j = i % pieces * PIECE, at = row * k + j;
-        part[i] = double(grad[row]) * soft::gradient(x + at, y + at, std::min(k - j, PIECE), scale2,
-                                                     of_row[row].top, of_row[row].share,
-                                                     scale * grad[row], bytes > PAST_CACHES_BYTES,
-                                                     dx + at);
+        const float g = grad_of(row);
+        part[i] = double(g) * soft::gradient(x + at, y + at, std::min(k - j, PIECE), scale2,
+                                             of_row[row].top, of_row[row].share, scale * g,
+                                             bytes > PAST_CACHES_BYTES, dx + at);
       }
       after_stores_past_caches();
     }

@@ -126,8 +126,8 @@ inline Softmax softmax_of(const Sums<double>& row) {
 template <class RowSums>
 inline Softmax softmax_of(float lse, RowSums sums) {
   if (!(std::fabs(lse) < 32)) return softmax_of(sums());
-  const double lse2 = lse * LOG2E_;
-  return {float(lse2), float(std::exp2(float(lse2) - lse2))};
+  const double lse2 = lse * LOG2E_, rounding = float(lse2) - lse2;  // at most 2^-19
+  return {float(lse2), float(1 + LN2_ * rounding)};                 // 2^rounding
 }
 
 }  // namespace fastcl::soft

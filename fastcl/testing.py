@@ -55,8 +55,8 @@ def sample_inputs(
             (transposed(9, 3), scale, integers(4, 9), False),
         ],
         "soft_cross_entropy": [
-            (normal(5, 11), normal(5, 11, grad=False).softmax(1), scale),
-            (transposed(3, 6), normal(3, 6, grad=False).softmax(1), scale),
+            (normal(5, 11), normal(5, 11, grad=False).softmax(1), scale, "none"),
+            (transposed(3, 6), normal(3, 6, grad=False).softmax(1), scale, "mean"),
         ],
         "sinkhorn": [(normal(6, 9, grad=False), 0.05, 3), (transposed(7, 3).detach(), 0.5, 1)],
         "cosine": [(normal(5, 7), normal(5, 7), 1e-8), (transposed(4, 3), transposed(4, 3), 1e-8)],

@@ -63,7 +63,7 @@ def differentiable(args: tuple[Any, ...]) -> bool:
     return False
 
 
-PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float))
+PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str))
 
 
 def plain(*args: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastcl.functional as F
 from fastcl import ops
-from fastcl.testing import GRADIENT_SLACK, LOSS_SLACK, value_and_gradients
+from fastcl.testing import GRADIENT_SLACK, LOSS_SLACK, relative_error, value_and_gradients
 
 on_each_backend = pytest.mark.usefixtures("backend")
 on_the_kernels = pytest.mark.usefixtures("kernels")
@@ -43,7 +43,7 @@ def assert_accurate(
         t = torch.tensor(scale, dtype=dtype)
         return value_and_gradients(lambda x, t: loss(x, y, t), (x, t), weights)
 
-    actual = run(lambda *a: ops.soft_cross_entropy(*a)[0], torch.float32, cast=False)
+    actual = run(lambda *a: ops.soft_cross_entropy(*a, "none")[0], torch.float32, cast=False)
     plain = run(plain_loss, torch.float32, cast=True)
     truth = run(plain_loss, torch.float64, cast=True)
     rounding = 0 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps
@@ -65,6 +65,30 @@ def assert_accurate(
 def test_matches_float64(n: int, k: int, dtype: torch.dtype) -> None:
     logits, targets, weights = inputs(n, k)
     assert_accurate(logits.to(dtype), targets.to(dtype), weights, 1 / 0.3)
+
+
+@on_each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 129), (3, 20001), (5000, 3)], ids=str)
+def test_reduced_losses_and_their_gradients_match_float64(n: int, k: int, reduction: str) -> None:
+    logits, targets, weights = inputs(n, k)
+    cotangent = weights[-1]
+
+    def reduced(x: Tensor, t: Tensor) -> Tensor:
+        rows = plain_loss(x, targets.double(), t)
+        return rows.mean() if reduction == "mean" else rows.sum()
+
+    actual = value_and_gradients(
+        lambda x, t: ops.soft_cross_entropy(x, targets, t, reduction)[0],
+        (logits, torch.tensor(3.0)),
+        cotangent,
+    )
+    truth = value_and_gradients(
+        reduced, (logits.double(), torch.tensor(3.0, dtype=torch.float64)), cotangent.double()
+    )
+    for got, expected in zip(actual, truth):
+        assert got.shape == expected.shape
+        assert relative_error(got, expected) < 1e-5 or (got - expected).abs().max() < 1e-6
 
 
 @on_each_backend
@@ -105,7 +129,7 @@ def test_uniform_logits_give_log_of_classes() -> None:
 @on_each_backend
 def test_scale_zero_is_uniform() -> None:
     logits, targets, _ = inputs(2, 50)
-    loss, lse, mass = ops.soft_cross_entropy(logits, targets, torch.tensor(0.0))
+    loss, lse, mass = ops.soft_cross_entropy(logits, targets, torch.tensor(0.0), "none")
     torch.testing.assert_close(loss, mass * math.log(50))
     torch.testing.assert_close(lse, torch.full((2,), math.log(50)))
 
@@ -153,15 +177,18 @@ def test_targets_get_no_silent_gradient() -> None:
 
 
 # The last is larger than what is written past the caches, and its rows are not aligned.
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(("n", "k"), [(300, 129), (5, 20001), (65, 65541)])
-def test_same_bits_for_any_number_of_threads(assert_same_bits, n: int, k: int) -> None:
+def test_same_bits_for_any_number_of_threads(
+    assert_same_bits, n: int, k: int, reduction: str
+) -> None:
     logits, targets, weights = inputs(n, k)
     for offset in (0.0, 100.0):  # a large lse is found again in the backward pass
         assert_same_bits(
             lambda offset=offset: value_and_gradients(
-                lambda x, t: ops.soft_cross_entropy(x, targets, t)[0],
+                lambda x, t: ops.soft_cross_entropy(x, targets, t, reduction)[0],
                 (logits + offset, torch.tensor(2.0)),
-                weights,
+                weights if reduction == "none" else weights[0],
             )
         )
 

@@ -78,7 +78,8 @@ def share_of_row(n: int, reduction: str) -> float:
 def run_forward(
     logits: Tensor, targets: Tensor, scale: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend, inputs = implementation(WORD, logits, Cpp), contiguous(logits, targets, scale)
+    backend = implementation(WORD, logits, Cpp)
+    inputs: list[Any] = contiguous(logits, targets, scale)
     if backend is Cpp:
         return Cpp.forward(*inputs, reduction)
     loss, lse, mass = backend.forward(*inputs)
@@ -105,12 +106,13 @@ def run_backward(
     mass: Tensor,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    backend, inputs = implementation(WORD, logits, Cpp), (logits, targets, scale, lse, mass)
+    backend = implementation(WORD, logits, Cpp)
+    inputs: list[Any] = contiguous(logits, targets, scale, lse, mass)
     if backend is Cpp:
-        return Cpp.backward(*contiguous(grad, *inputs), reduction)
+        return Cpp.backward(grad.contiguous(), *inputs, reduction)
     if reduction != "none":
         grad = (grad * share_of_row(len(lse), reduction)).expand(len(lse))
-    grad_logits, grad_scale = backend.backward(*contiguous(grad, *inputs))
+    grad_logits, grad_scale = backend.backward(grad.contiguous(), *inputs)
     return grad_logits, grad_scale
 
 

@@ -60,8 +60,10 @@ void soft_cross_entropy_forward(const void* logits, const void* targets, float s
     for (int64_t j = 1; j < pieces; ++j) row = soft::together(row, part[i * pieces + j]);
     const double log2_sum = std::log2(row.exponentials);
     losses[i] = soft::LN2_ * (row.mass * log2_sum - row.products);
-    lse[i] = float(soft::LN2_ * (row.top + log2_sum));
-    mass[i] = float(row.mass);
+    const double exact = soft::LN2_ * (row.top + log2_sum);
+    lse[i] = float(exact);
+    // Backward needs m exp(s − lse) alone: what rounding adds to lse goes into m.
+    mass[i] = float(soft::moderate(lse[i]) ? row.mass * std::exp(lse[i] - exact) : row.mass);
   }
   if (share == 0)
     std::copy_n(losses, n, loss);
@@ -91,8 +93,9 @@ void soft_cross_entropy_backward(const float* grad, const void* logits, const vo
       const NoSubnormals fast;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < n; ++i) {
-        of_row[i] = soft::softmax_of(
-            lse[i], [&] { return soft::row_sums(x + i * k, y + i * k, k, scale2); });
+        of_row[i] = soft::moderate(lse[i])
+                        ? soft::softmax_of(lse[i])
+                        : soft::softmax_of(soft::row_sums(x + i * k, y + i * k, k, scale2));
         of_row[i].share *= mass[i];
       }
 #pragma omp for schedule(static)

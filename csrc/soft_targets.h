@@ -14,6 +14,7 @@
 namespace fastcl::soft {
 
 constexpr int64_t TILE = 8;       // vectors that share one look at the maximum
+constexpr int64_t AHEAD = 1024;   // numbers that are asked for before they are read
 constexpr float LOWEST = -1e30f;  // below any exponent, and its products stay finite
 constexpr double LOG2E_ = 1.44269504088896340736, LN2_ = 0.69314718055994530942;
 
@@ -51,8 +52,10 @@ Sums<double> sums_of(const X* x, const Y* y, int64_t k, float scale) {
   int64_t j = 0;
   for (; j + TILE * LANES <= k; j += TILE * LANES) {
     F tile[TILE], top = total.top;
-    for (int64_t r = 0; r < TILE; ++r)
+    for (int64_t r = 0; r < TILE; ++r) {
+      __builtin_prefetch(x + j + r * LANES + AHEAD), __builtin_prefetch(y + j + r * LANES + AHEAD);
       tile[r] = load(x + j + r * LANES), top = max(top, tile[r] * t);
+    }
     total.move(top);
     F exponentials{}, mass{};  // of the tile: a narrow vector's long chain of sums would drift
     for (int64_t r = 0; r < TILE; ++r) {
@@ -122,12 +125,19 @@ inline Softmax softmax_of(const Sums<double>& row) {
   return {float(row.top), float(std::exp2(float(row.top) - row.top) / row.exponentials)};
 }
 
-// From the row's log-sum-exp; where float32 rounds that by more than p may err, from `sums()`.
+// From the row's log-sum-exp.
+inline Softmax softmax_of(float lse) {
+  const double lse2 = lse * LOG2E_;
+  return {float(lse2), float(std::exp2(float(lse2) - lse2))};
+}
+
+// The same; where float32 rounds the log-sum-exp by more than p may err, from `sums()`.
 template <class RowSums>
 inline Softmax softmax_of(float lse, RowSums sums) {
-  if (!(std::fabs(lse) < 32)) return softmax_of(sums());
-  const double lse2 = lse * LOG2E_, rounding = float(lse2) - lse2;  // at most 2^-19
-  return {float(lse2), float(1 + LN2_ * rounding)};                 // 2^rounding
+  return std::fabs(lse) < 32 ? softmax_of(lse) : softmax_of(sums());
 }
+
+// A log-sum-exp that is rounded by less than 1/16, so that e^rounding is about 1.
+inline bool moderate(float lse) { return std::fabs(lse) < 0x1p20f; }
 
 }  // namespace fastcl::soft

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from fastcl import _C
 from fastcl.ops._backend import DTYPE_CODES, implementation, pointer
-from fastcl.ops._library import (
-    contiguous,
-    define,
-    differentiate,
-    statistics_dtype,
-)
+from fastcl.ops._library import define, differentiate, statistics_dtype
 
 WORD = "soft_cross_entropy"
 
@@ -79,10 +74,10 @@ def run_forward(
     logits: Tensor, targets: Tensor, scale: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = implementation(WORD, logits, Cpp)
-    inputs: list[Any] = contiguous(logits, targets, scale)
+    logits, targets, scale = logits.contiguous(), targets.contiguous(), scale.contiguous()
     if backend is Cpp:
-        return Cpp.forward(*inputs, reduction)
-    loss, lse, mass = backend.forward(*inputs)
+        return Cpp.forward(logits, targets, scale, reduction)
+    loss, lse, mass = backend.forward(logits, targets, scale)
     if reduction != "none":
         loss = loss.sum() * share_of_row(len(loss), reduction)
     return loss, lse, mass
@@ -107,12 +102,12 @@ def run_backward(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     backend = implementation(WORD, logits, Cpp)
-    inputs: list[Any] = contiguous(logits, targets, scale, lse, mass)
+    logits, targets, scale = logits.contiguous(), targets.contiguous(), scale.contiguous()
     if backend is Cpp:
-        return Cpp.backward(grad.contiguous(), *inputs, reduction)
+        return Cpp.backward(grad.contiguous(), logits, targets, scale, lse, mass, reduction)
     if reduction != "none":
         grad = (grad * share_of_row(len(lse), reduction)).expand(len(lse))
-    grad_logits, grad_scale = backend.backward(grad.contiguous(), *inputs)
+    grad_logits, grad_scale = backend.backward(grad.contiguous(), logits, targets, scale, lse, mass)
     return grad_logits, grad_scale
 
 

@@ -14,7 +14,7 @@ namespace fastcl {
 namespace {
 
 constexpr float NORM_FLOOR = 1e-12f;
-constexpr int64_t AHEAD = 8;  // rows
+constexpr int64_t ROWS_AHEAD = 8;
 
 // The places in the batch that are the last with their index, from the end: a hash table of what
 // has been seen, as sorting a batch of distinct indices takes longer than updating their rows.
@@ -56,8 +56,8 @@ void bank_update(void* bank, const int64_t* index, const void* features, int64_t
       const auto* x = static_cast<decltype(type)>(const_cast<void*>(features));
 #pragma omp parallel for num_threads(threads) schedule(static) if (count * d > 16384)
       for (int64_t i = 0; i < count; ++i) {
-        if (i + AHEAD < count) {  // a random place of the bank
-          const auto* next = rows + index[places[size_t(i + AHEAD)]] * d;
+        if (i + ROWS_AHEAD < count) {  // a random place of the bank
+          const auto* next = rows + index[places[size_t(i + ROWS_AHEAD)]] * d;
           for (int64_t j = 0; j < d; j += 64 / int64_t(sizeof *next))
             __builtin_prefetch(next + j, 1);
         }

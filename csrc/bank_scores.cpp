@@ -15,21 +15,13 @@
 
 #include "bank_order.h"
 #include "ops.h"
+#include "prefetch.h"
 #include "scratch.h"
 
 namespace fastcl {
 namespace {
 
 constexpr int64_t IN_FLIGHT = 8192;  // bytes: 128 cache lines of 100 ns each, 80 GB/s a core
-
-// Into the first-level cache (CLOSE), or into the second: more requests can be under way to there.
-constexpr int CLOSE = 3, NEAR = 2;
-template <int LOCALITY, class T>
-void prefetch(const T* row, int64_t d) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < d * int64_t(sizeof(T)); b += 64)
-    __builtin_prefetch(bytes + b, 0, LOCALITY);
-}
 
 // use(k, row) for every k, the rows asked for in time.
 template <class T, class Use>

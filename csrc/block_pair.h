@@ -10,6 +10,7 @@
 
 #include "in_order.h"
 #include "packed.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "strip.h"
 
@@ -104,9 +105,7 @@ struct Ahead {
     const int64_t begin = bytes * i / parts, end = bytes * (i + 1) / parts;
     return {at + begin, end - begin};
   }
-  void ask() const {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);  // into L2
-  }
+  void ask() const { prefetch<NEAR>(at, bytes); }
 };
 
 // use(strip, first row, rows, first column, end of columns) for every strip of s; `all` keeps them

@@ -8,6 +8,7 @@
 // Plain version: fastcl/reference/cosine.py. Triton twin: kernels/cosine.py.
 #include "ops.h"
 #include "pages.h"
+#include "prefetch.h"
 
 namespace fastcl {
 namespace {
@@ -21,6 +22,7 @@ Products products(const T* p, const T* t, int64_t d) {
   F pt0{}, pp0{}, tt0{}, pt1{}, pp1{}, tt1{};
   int64_t k = 0;
   for (; k + 2 * LANES <= d; k += 2 * LANES) {
+    prefetch<NEAR>(p + k + AHEAD, 2 * LANES), prefetch<NEAR>(t + k + AHEAD, 2 * LANES);
     const F a0 = load(p + k), b0 = load(t + k);
     const F a1 = load(p + k + LANES), b1 = load(t + k + LANES);
     pt0 = fma(a0, b0, pt0), pp0 = fma(a0, a0, pp0), tt0 = fma(b0, b0, tt0);

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "ops.h"
+#include "prefetch.h"
 
 namespace fastcl {
 namespace {
@@ -23,8 +24,10 @@ void mix(T* target, const S* source, int64_t count, double momentum) {
   const F weight = broadcast(float(near_target ? 1 - momentum : -momentum));
   auto mixed = [&](F t, F s) { return fma(weight, s - t, near_target ? t : s); };
   int64_t k = 0;
-  for (; k + LANES <= count; k += LANES)
+  for (; k + LANES <= count; k += LANES) {
+    prefetch<NEAR>(target + k + AHEAD), prefetch<NEAR>(source + k + AHEAD);
     store(target + k, mixed(load(target + k), load(source + k)));
+  }
   if (k < count)
     store(target + k, mixed(load(target + k, count - k), load(source + k, count - k)), count - k);
 }

@@ -14,6 +14,7 @@
 
 #include "ops.h"
 #include "pages.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "subnormals.h"
 
@@ -45,6 +46,7 @@ template <class T>
 Row row_of(const float* x, const T* k, int64_t d, bool normalize) {
   F dot{}, squares{};
   for (int64_t j = 0; j < d; j += LANES) {
+    prefetch<NEAR>(k + j + AHEAD);
     const F v = load(k + j, d - j);
     dot = fma(load(x + j), v, dot), squares = fma(v, v, squares);
   }

@@ -23,6 +23,7 @@
 
 #include "ops.h"
 #include "pages.h"
+#include "prefetch.h"
 #include "scratch.h"
 #include "subnormals.h"
 
@@ -56,13 +57,6 @@ float fraction_of(float x, int* power) {
   return 2 * f;
 }
 
-// Scores on their way to L2 while those before them are worked on: a core has more requests under
-// way to there than to L1.
-template <class T>
-void ask_for(const T* S) {
-  __builtin_prefetch(S, 0, 2);
-}
-
 // Down the columns of some rows: top_k = max_n S_nk c and total_k = Σ_n exp2(S_nk c − top_k).
 template <class T>
 void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float* total) {
@@ -73,7 +67,7 @@ void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float
       const T* s = S + i * k + j;
       F x[TILE], highest = broadcast(LOWEST);
       for (int64_t r = 0; r < tile; ++r) {
-        ask_for(s + (r + TILE) * k);
+        prefetch<NEAR>(s + (r + TILE) * k);
         x[r] = load(s + r * k, k - j), highest = max(highest, x[r]);
       }
       const F old = load(top + j), m = max(old, highest * c.high);
@@ -109,7 +103,7 @@ void row_weights(const T* S, const float* m, const float* a, Scale c, const floa
     const F m_j = load(m + j), a_j = load(a + j);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i) {
-      ask_for(S + (i + ROWS) * k + j);
+      prefetch<NEAR>(S + (i + ROWS) * k + j);
       weigh(i, j, load(S + i * k + j), m_j, a_j);
     }
   }

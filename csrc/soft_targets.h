@@ -9,12 +9,12 @@
 #include <type_traits>
 
 #include "pages.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace fastcl::soft {
 
 constexpr int64_t TILE = 8;       // vectors that share one look at the maximum
-constexpr int64_t AHEAD = 1024;   // numbers that are asked for before they are read
 constexpr float LOWEST = -1e30f;  // below any exponent, and its products stay finite
 constexpr double LOG2E_ = 1.44269504088896340736, LN2_ = 0.69314718055994530942;
 
@@ -53,7 +53,7 @@ Sums<double> sums_of(const X* x, const Y* y, int64_t k, float scale) {
   for (; j + TILE * LANES <= k; j += TILE * LANES) {
     F tile[TILE], top = total.top;
     for (int64_t r = 0; r < TILE; ++r) {
-      __builtin_prefetch(x + j + r * LANES + AHEAD), __builtin_prefetch(y + j + r * LANES + AHEAD);
+      prefetch<CLOSE>(x + j + r * LANES + AHEAD), prefetch<CLOSE>(y + j + r * LANES + AHEAD);
       tile[r] = load(x + j + r * LANES), top = max(top, tile[r] * t);
     }
     total.move(top);

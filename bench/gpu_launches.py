@@ -18,6 +18,7 @@ from fastcl.kernels import (
     cosine,
     ema,
     instance_spread,
+    label_similarity,
     own_negatives,
     pair_sigmoid,
     queue,
@@ -97,6 +98,13 @@ def of_own_negatives(case: Case) -> None:
         )
 
 
+def of_label_similarity(case: Case) -> None:
+    z, labels, v = case.rows(), torch.zeros(case.n, dtype=torch.int64), torch.empty(case.n)
+    others, rest = torch.empty_like(labels), torch.empty(case.n, case.d)
+    label_similarity.forward(z, labels, normalize=case.normalize)
+    label_similarity.backward(v, z, labels, others, rest, normalize=case.normalize)
+
+
 def of_bank_scores(case: Case) -> None:
     n, k = 256, min(case.n, 4097)
     query, rows, index = case.rows(n), case.rows(), torch.empty(n, k, dtype=torch.int64)
@@ -154,6 +162,7 @@ LAUNCHES: dict[str, Callable[[Case], None]] = {
     "pair_sigmoid": of_pair_sigmoid,
     "instance_spread": of_instance_spread,
     "own_negatives": of_own_negatives,
+    "label_similarity": of_label_similarity,
     "bank_scores": of_bank_scores,
     "soft_cross_entropy": of_soft_cross_entropy,
     "self_distillation": of_self_distillation,
@@ -165,7 +174,7 @@ LAUNCHES: dict[str, Callable[[Case], None]] = {
 }
 WITH_IDS = ("similarity_lse", "self_similarity_lse")
 NORMALIZED = (*WITH_IDS, "pair_sigmoid", "instance_spread")
-RAW_TOO = (*NORMALIZED, "own_negatives")
+RAW_TOO = (*NORMALIZED, "own_negatives", "label_similarity")
 
 # Kernels whose loop is products of rows: on tensor cores, unless the rows are float32.
 PRODUCTS = (

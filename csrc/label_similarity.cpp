@@ -6,7 +6,8 @@
 //
 // A thread takes one label at a time, whose rows it adds up in their order: O(N·D), the same bits
 // for any number of threads.
-// Plain version, and what GPUs run: fastcl/reference/label_similarity.py.
+// Plain version: fastcl/reference/label_similarity.py.
+// Triton twin: kernels/label_similarity.py.
 #include <algorithm>
 #include <numeric>
 #include <vector>

@@ -1,7 +1,6 @@
 """The registered operation fastcl::label_similarity, SupCon's positives.
 
-As a dozen of autograd's nodes it would take most of the time of a small loss. GPUs run the plain
-version: it costs O(N·D), next to the O(N²·D) of the log-sum-exp.
+As a dozen of autograd's nodes it would take most of the time of a small loss.
 Formula in fastcl/reference/label_similarity.py.
 """
 
@@ -13,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fastcl import _C
-from fastcl.ops._backend import DTYPE_CODES, backend_of, pointer
+from fastcl.ops._backend import DTYPE_CODES, backend_of, implementation, pointer
 from fastcl.ops._library import contiguous, define, differentiate, statistics_dtype
 from fastcl.reference import label_similarity as plain
+
+WORD = "label_similarity"
+LONGEST = 8192  # features of a row: as in kernels/label_similarity.py
 
 
 class Cpp:
@@ -44,7 +46,9 @@ class Cpp:
 
 
 def implementation_of(z: Tensor) -> Any:
-    return Cpp if backend_of(z).name == "cpp" else plain
+    if z.shape[1] > LONGEST and backend_of(z).name == "triton":
+        return plain
+    return implementation(WORD, z, Cpp)
 
 
 def run_forward(z: Tensor, labels: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
-// Memory asked for before it is read. What no cache holds takes 100 ns and more to come; a loop that
-// waits for it keeps a few lines on their way, a loop that asks ahead keeps dozens.
+// Memory asked for before it is read. What no cache holds takes 100 ns and more to come; a loop
+// that waits for it keeps a few lines on their way, a loop that asks ahead keeps dozens.
 #pragma once
 
 #include <cstdint>

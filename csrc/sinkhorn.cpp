@@ -79,8 +79,8 @@ void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float
 }
 
 // y_ik = exp2(S_ik c − m_k − r_i) a_k for ROWS rows, `row` floats apart, and their sums R_i. FAR is
-// for |r_i| that would cost digits, where m_k + r_i is kept in two floats, and for any score: without
-// it a −∞, or an r_i far from its row's, comes out as an R_i of NaN, or of 2^127 and more.
+// for |r_i| that would cost digits, where m_k + r_i is kept in two floats, and for any score:
+// without it a −∞, or an r_i far from its row's, comes out as an R_i of NaN, or of 2^127 and more.
 template <bool FAR, int ROWS, class T>
 void row_weights(const T* S, const float* m, const float* a, Scale c, const float* r, float* y,
                  int64_t row, int64_t k, float* R) {
@@ -224,7 +224,8 @@ struct Sinkhorn {
     }
   }
 
-  // use(group, i, y, v) for the rows of a block in groups: y (group, K) of rows from i on, and 1 / R.
+  // use(group, i, y, v) for the rows of a block in groups: y (group, K) of rows from i on, and the
+  // v = 1 / R of each.
   template <class Use>
   void for_groups(int64_t row, int64_t rows, int64_t thread, Use use) {
     float* y_i = &y[thread * GROUP * width];

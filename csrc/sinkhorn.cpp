@@ -4,11 +4,11 @@
 //   v_n  = 1 / Σ_k exp(S_nk / ε) u_k
 //   Q_nk = exp(S_nk / ε) u_k v_n            after the last iteration: softmax_k(S/ε + log u_k)
 //
-// Only u and v are kept between sweeps, as u_k = a_k 2^−m_k with 1 ≤ a_k < 2 and v_n ≈ 2^−r_n, so
-// that nothing overflows or vanishes, whatever the scores:
+// Only u and v are kept between sweeps, as u_k = a_k 2^−m_k with 1/√2 ≤ a_k < 2√2 and v_n ≈ 2^−r_n,
+// m_k and r_n whole numbers, whose sum is exact. Nothing overflows or vanishes, whatever the scores:
 //
 // * The first sweep takes true (maximum, sum) pairs down the columns.
-// * Afterwards Q's columns sum to 1, so y_nk = exp2(S_nk c − m_k − r_n) a_k ≤ 2 without looking for
+// * Afterwards Q's columns sum to 1, so y_nk = exp2(S_nk c − m_k − r_n) a_k ≤ 4 without looking for
 //   a maximum: one exponential per score and sweep. A row whose sum is tiny is done again from its
 //   own maximum. With R_n = Σ_k y_nk, a column's next sum is Σ_n y_nk / R_n ≥ 1 / K, because the
 //   row sums of Q are at most K: it cannot vanish, and what y flushes to zero is below 2^−96 of it.
@@ -34,6 +34,7 @@ constexpr int64_t TILE = 8;  // rows that share one look at the columns' maxima
 constexpr int GROUP = 4;     // rows that share one look at the columns' u and sums
 constexpr int64_t MAX_BLOCKS = 128;
 constexpr float LOWEST = -1e30f;  // below any score, and its products stay finite
+constexpr float EXACT = 0x1p23f;  // whole numbers below it have whole sums
 
 // log2 e / ε in two floats: at S/ε = 1000 the rounding of one would cost three digits of Q.
 // Both are positive, so that a score of −∞ stays one.
@@ -55,6 +56,10 @@ float fraction_of(float x, int* power) {
   const float f = std::frexp(x, power);
   *power -= 1;
   return 2 * f;
+}
+
+inline bool all_exact(const float* x, int64_t count) {
+  return std::all_of(x, x + count, [](float x_i) { return std::fabs(x_i) < EXACT; });
 }
 
 // Down the columns of some rows: top_k = max_n S_nk c and total_k = Σ_n exp2(S_nk c − top_k).
@@ -79,8 +84,8 @@ void column_sums(const T* S, int64_t rows, int64_t k, Scale c, float* top, float
 }
 
 // y_ik = exp2(S_ik c − m_k − r_i) a_k for ROWS rows, `row` floats apart, and their sums R_i. FAR is
-// for |r_i| that would cost digits, where m_k + r_i is kept in two floats, and for any score:
-// without it a −∞, or an r_i far from its row's, comes out as an R_i of NaN, or of 2^127 and more.
+// for m_k or r_i that are not EXACT, whose sum is kept in two floats, and for any score: without it
+// a −∞, or an r_i far from its row's, comes out as an R_i of NaN, or of 2^127 and more.
 template <bool FAR, int ROWS, class T>
 void row_weights(const T* S, const float* m, const float* a, Scale c, const float* r, float* y,
                  int64_t row, int64_t k, float* R) {
@@ -92,7 +97,7 @@ void row_weights(const T* S, const float* m, const float* a, Scale c, const floa
       const F reference = m_j + r[i], of_r = reference - m_j;
       power = exp2(exponent(s, c, reference) - ((m_j - (reference - of_r)) + (r[i] - of_r)));
     } else {
-      power = exp2_bounded(min(broadcast(127.0f), exponent(s, c, m_j) - r[i]));
+      power = exp2_bounded(min(broadcast(127.0f), exponent(s, c, m_j + r[i])));
     }
     const F w = power * a_j;
     store(y + i * row + j, w);
@@ -150,6 +155,7 @@ struct Sinkhorn {
   float* y = a + width;                          // (threads, GROUP, K): some rows
   float* partial = y + width * GROUP * threads;  // (blocks, 2, K) or (blocks, K): column sums
   float* r = partial + 2 * width * blocks;       // (N,): v_n ≈ 2^−r_n
+  bool large = false;                            // some |m_k| is not EXACT
 
   // f(first row, number of rows, block, thread) for all blocks. A thread's blocks are neighbours,
   // and every other sweep takes them backwards: the last ones are then still in the cache.
@@ -179,7 +185,7 @@ struct Sinkhorn {
       int power;
       a[j + lane] = fraction_of(factor[lane], &power);
       const double exact = double(reference[lane]) - power;
-      m[j + lane] = float(exact);
+      m[j + lane] = std::nearbyint(float(exact));
       if (m[j + lane] != exact) a[j + lane] *= float(std::exp2(m[j + lane] - exact));
     }
   }
@@ -203,19 +209,19 @@ struct Sinkhorn {
       }
       set_columns(j, 1.0f / total, top);
     });
+    large = !all_exact(m, k);
   }
 
   // y (ROWS, K) of rows from i on, and their sums R, whose powers of two join r.
   template <int ROWS>
   void weigh(int64_t i, float* y_i, float* R) {
     const T* S_i = S + i * k;
-    const bool far =
-        std::any_of(r + i, r + i + ROWS, [](float r_i) { return !(std::fabs(r_i) < 16); });
+    const bool far = large || !all_exact(r + i, ROWS);
     const auto weights = far ? row_weights<true, ROWS, T> : row_weights<false, ROWS, T>;
     weights(S_i, m, a, c, r + i, y_i, width, k, R);
     for (int of = 0; of < ROWS; ++of, ++i, S_i += k, y_i += width, ++R) {
       if (!(*R > 0x1p-30f && *R < 0x1p100f)) {  // also when R is NaN, which may then stay
-        r[i] = row_maximum(S_i, m, c, k);
+        r[i] = std::nearbyint(row_maximum(S_i, m, c, k));
         row_weights<true, 1>(S_i, m, a, c, r + i, y_i, width, k, R);
       }
       int power;
@@ -260,6 +266,7 @@ struct Sinkhorn {
       for (int64_t b = 0; b < blocks; ++b) C += load(&partial[b * width + j]);
       set_columns(j, load(&a[j]) / C, load(&m[j]));
     });
+    large = !all_exact(m, k);
   }
 
   void write_codes(bool backwards, float* codes) {

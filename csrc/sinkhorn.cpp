@@ -8,7 +8,7 @@
 // m_k and r_n whole numbers, whose sum is exact. Nothing overflows or vanishes, whatever the scores:
 //
 // * The first sweep takes true (maximum, sum) pairs down the columns.
-// * Afterwards Q's columns sum to 1, so y_nk = exp2(S_nk c − m_k − r_n) a_k ≤ 4 without looking for
+// * Afterwards Q's columns sum to 1, so y_nk = exp2(S_nk c − m_k − r_n) a_k ≤ 2 without looking for
 //   a maximum: one exponential per score and sweep. A row whose sum is tiny is done again from its
 //   own maximum. With R_n = Σ_k y_nk, a column's next sum is Σ_n y_nk / R_n ≥ 1 / K, because the
 //   row sums of Q are at most K: it cannot vanish, and what y flushes to zero is below 2^−96 of it.

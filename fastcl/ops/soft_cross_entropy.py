@@ -67,7 +67,9 @@ def shape_of_loss(n: int, reduction: str) -> tuple[int, ...]:
 
 def share_of_row(n: int, reduction: str) -> float:
     """What a row's loss is multiplied by in the reduced one; 0 where none is reduced."""
-    return {"none": 0.0, "sum": 1.0, "mean": 1 / n}[reduction]
+    if reduction == "mean":
+        return 1 / n
+    return 1.0 if reduction == "sum" else 0.0
 
 
 def run_forward(
@@ -102,12 +104,13 @@ def run_backward(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     backend = implementation(WORD, logits, Cpp)
-    logits, targets, scale = logits.contiguous(), targets.contiguous(), scale.contiguous()
+    grad, logits, targets = grad.contiguous(), logits.contiguous(), targets.contiguous()
+    scale, lse, mass = scale.contiguous(), lse.contiguous(), mass.contiguous()
     if backend is Cpp:
-        return Cpp.backward(grad.contiguous(), logits, targets, scale, lse, mass, reduction)
+        return Cpp.backward(grad, logits, targets, scale, lse, mass, reduction)
     if reduction != "none":
-        grad = (grad * share_of_row(len(lse), reduction)).expand(len(lse))
-    grad_logits, grad_scale = backend.backward(grad.contiguous(), logits, targets, scale, lse, mass)
+        grad = (grad * share_of_row(len(lse), reduction)).expand(len(lse)).contiguous()
+    grad_logits, grad_scale = backend.backward(grad, logits, targets, scale, lse, mass)
     return grad_logits, grad_scale
 
 

@@ -4,8 +4,9 @@
 //   v_n  = 1 / Σ_k exp(S_nk / ε) u_k
 //   Q_nk = exp(S_nk / ε) u_k v_n            after the last iteration: softmax_k(S/ε + log u_k)
 //
-// Only u and v are kept between sweeps, as u_k = a_k 2^−m_k with 1/√2 ≤ a_k < 2√2 and v_n ≈ 2^−r_n,
-// m_k and r_n whole numbers, whose sum is exact. Nothing overflows or vanishes, whatever the scores:
+// Only u and v are kept between sweeps, as u_k = a_k 2^−m_k with 1/√2 ≤ a_k < 2√2 and v_n ≈ 2^−r_n:
+// m_k and r_n are whole numbers, with an exact sum, and nothing overflows or vanishes, whatever the
+// scores:
 //
 // * The first sweep takes true (maximum, sum) pairs down the columns.
 // * Afterwards Q's columns sum to 1, so y_nk = exp2(S_nk c − m_k − r_n) a_k ≤ 2 without looking for

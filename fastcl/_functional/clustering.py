@@ -45,11 +45,9 @@ def soft_cross_entropy(
         raise ValueError("soft_cross_entropy: targets get no gradient; pass targets.detach().")
     logits, targets = promoted(logits, targets)
     t = inverse("soft_cross_entropy", temperature, logits)
-    if group is None or reduction == "none":
-        loss: Tensor = ops.soft_cross_entropy(logits, targets, t, reduction)[0]
-        return loss
-    loss = ops.soft_cross_entropy(logits, targets, t, "none")[0]
-    return reduce(loss, reduction, share(len(loss), group, loss.device))
+    alone = group is None
+    loss: Tensor = ops.soft_cross_entropy(logits, targets, t, reduction if alone else "none")[0]
+    return loss if alone else reduce(loss, reduction, share(len(loss), group, loss.device))
 
 
 def sinkhorn(
